@@ -24,11 +24,11 @@ from qtorch.backtest.quotes import (
     rows_after_last,
 )
 from qtorch.core.configured import Configured
-from qtorch.core.dates import as_stamp, last_instant
+from qtorch.core.dates import as_stamp, bar_text, frequency, last_instant
 from qtorch.core.errors import ConfigError, check_name
-from qtorch.core.session import session
+from qtorch.core.session import get_region
 from qtorch.core.trust import trust_subclasses
-from qtorch.data.source.base import Instruments, Source, frequency
+from qtorch.data.source.base import Instruments, Source
 from qtorch.data.source.frame import build_source, default_source
 
 Region: TypeAlias = Literal["region"]
@@ -37,9 +37,6 @@ Limit: TypeAlias = tuple[str, str] | Sequence[str] | float | Literal["none"] | N
 log = logging.getLogger(__name__)
 
 CUMULATIVE, CURRENT = "cum", "current"
-# Trade unit and price limit by region, as in Qlib (qlib/config.py).
-TRADE_UNITS = {"us": 1, "cn": 100}
-LIMITS = {"us": None, "cn": 0.095}
 
 
 @trust_subclasses
@@ -52,7 +49,9 @@ class Exchange(Configured):
     that much below), or two expressions that are non-zero when buying, and when selling, is not
     possible; "none" disables limits; None uses the region's. `trade_unit`: shares per lot, rounded
     with the help of `factor` (amounts are adjusted shares); None disables rounding; "region" uses
-    the region's (us 1, cn 100). Costs are fractions of a trade's value; `min_cost` is an amount of
+    the region's (us 1, cn 100, tw 1000). `region`: "us", "cn" or "tw", by default that of
+    `qtorch.init`. `freq`: the frequency of the bars; None is that of the source. Costs are
+    fractions of a trade's value; `min_cost` is an amount of
     money per trade; `impact_cost` is multiplied by the square of the trade's share of the bar's
     traded value and added to the cost rate; `lending_fee` is the yearly fee for borrowing, as a
     fraction of the value of the short positions, charged for each calendar day between two bars (a
@@ -76,7 +75,7 @@ class Exchange(Configured):
 
     def __init__(
         self,
-        freq: str = "day",
+        freq: str | None = None,
         start_time: Any = None,
         end_time: Any = None,
         codes: Instruments = "all",
@@ -92,14 +91,16 @@ class Exchange(Configured):
         trade_unit: float | Region | None = "region",
         source: Any = None,
         lending_fee: float = 0.0,
+        *,
+        region: str | None = None,
     ) -> None:
-        self.freq = frequency(freq)
+        self._freq = None if freq is None else frequency(freq)
         self.start_time = None if start_time is None else as_stamp(start_time)
         self.end_time = None if end_time is None else last_instant(end_time)
         self.codes = codes
         self.buy_field, self.sell_field = _parse_deal_prices(deal_price)
         self.subscribe_fields = tuple(subscribe_fields)
-        self.limit_threshold = _parse_limit(limit_threshold)
+        self.limit_threshold = _parse_limit(limit_threshold, region)
         self.volume_threshold = _parse_volume_threshold(volume_threshold)
         for name in ("open_cost", "close_cost", "min_cost", "impact_cost", "lending_fee"):
             _validate_cost(name, locals()[name])
@@ -107,7 +108,7 @@ class Exchange(Configured):
         self.min_cost, self.impact_cost = float(min_cost), float(impact_cost)
         self.lending_fee = float(lending_fee)
         self.extra_quote = extra_quote
-        self.trade_unit = _parse_trade_unit(trade_unit)
+        self.trade_unit = _parse_trade_unit(trade_unit, region)
         self._source = source
         self._quotes: dict[tuple[Any, Any, bool], Quotes] = {}
 
@@ -118,6 +119,11 @@ class Exchange(Configured):
             config = self._source
             self._source = default_source() if config is None else build_source(config)
         return self._source
+
+    @property
+    def freq(self) -> str:
+        """The frequency of the bars: the `freq` argument, or that of the source."""
+        return self._freq or self.source.resolve_frequency()
 
     def calendar(self) -> pd.DatetimeIndex:
         """All bars of the source in ascending order."""
@@ -144,7 +150,11 @@ class Exchange(Configured):
         first_bar = calendar[max(0, row - 1)]
         expressions = self._quote_expressions(as_qlib)
         panel = self.source.feature_panel(
-            self.codes, list(dict.fromkeys(expressions.values())), first_bar, end, self.freq
+            self.codes,
+            list(dict.fromkeys(expressions.values())),
+            first_bar,
+            bar_text(end),  # a date without a time would include the later bars of its day
+            self.freq,
         )
         not_member = ~panel.mask.cpu().numpy()
 
@@ -318,9 +328,9 @@ def _as_expression(text: str) -> str:
     return f"${text}" if re.fullmatch(r"[A-Za-z_]\w*", text) else text
 
 
-def _parse_limit(threshold: Limit) -> tuple[str, str] | float | None:
+def _parse_limit(threshold: Limit, region: str | None) -> tuple[str, str] | float | None:
     if threshold is None:
-        return LIMITS[session().region]
+        return get_region(region).limit_threshold
     if isinstance(threshold, str):
         if threshold == "none":
             return None
@@ -349,8 +359,8 @@ def _parse_volume_threshold(threshold: Any) -> dict[str, tuple[str, str]]:
     return {side: (str(limit[0]), str(limit[1])) for side, limit in limits.items()}
 
 
-def _parse_trade_unit(trade_unit: float | str | None) -> float | None:
-    unit = TRADE_UNITS[session().region] if trade_unit == "region" else trade_unit
+def _parse_trade_unit(trade_unit: float | str | None, region: str | None) -> float | None:
+    unit = get_region(region).trade_unit if trade_unit == "region" else trade_unit
     if unit is None or (isinstance(unit, int | float) and unit > 0):
         return unit
     raise ConfigError(f"trade_unit={trade_unit!r}: expected shares per lot, null, or 'region'.")

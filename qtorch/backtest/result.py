@@ -13,8 +13,8 @@ from qtorch.backtest.audit import Audit, Auditor
 from qtorch.backtest.exchange import Exchange
 from qtorch.backtest.quotes import Quotes
 from qtorch.backtest.simulate import Ledger, Rows
+from qtorch.core.dates import parse_frequency
 from qtorch.core.errors import check_name
-from qtorch.metrics.portfolio import parse_frequency
 
 
 class BacktestResult:

@@ -19,10 +19,10 @@ from qtorch.backtest.result import BacktestResult
 from qtorch.backtest.scores import Scores
 from qtorch.backtest.simulate import DELISTINGS, Delisting, simulate
 from qtorch.backtest.strategy import Strategy
-from qtorch.core.dates import as_stamp, date_rows, last_instant, parse_dates
+from qtorch.core.dates import as_stamp, date_rows, frequency, last_instant, parse_dates
 from qtorch.core.errors import ConfigError, DataError, check_name, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
-from qtorch.data.source.base import Source, frequency
+from qtorch.data.source.base import Source
 
 Benchmark: TypeAlias = str | Sequence[str] | pd.Series | None
 

@@ -23,8 +23,8 @@ usage: qtorch rolling [GROUP=OPTION ...] [KEY=VALUE ...] [--config-dir DIR]
 
   step        trading days in the test segment of each window (40)
   rtype       expanding (the train segment keeps its start) or sliding (it keeps its length)
-  horizon     horizon of the label in days; null: the handler's own label
-  trunc_days  days between valid (or train) and test; null: as many as the label needs
+  horizon     horizon of the label in bars; null: the handler's own label
+  trunc_days  bars between valid (or train) and test; null: as many as the label needs
   warm_start  true: each window starts from the weights of the previous one
   cache       cache the features of all windows on disk: true, a folder, or false
   runner      local, or rm: through a task pool (pool=NAME url=... wait_only=true)

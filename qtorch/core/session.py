@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
@@ -12,7 +12,28 @@ from typing import Any
 
 from qtorch.core.errors import check_name
 
-REGIONS = ("us", "cn")
+
+@dataclass(frozen=True)
+class Region:
+    """The rules of a market, and how many bars a year has for annual figures.
+
+    `trade_unit`: shares per lot. `limit_threshold`: daily price limit as a fraction, None without
+    one. `minutes_per_day`: length of the trading session. Lots and limits as in qlib/config.py.
+    """
+
+    trade_unit: int
+    limit_threshold: float | None
+    days_per_year: int
+    weeks_per_year: int
+    minutes_per_day: int
+
+
+# 238 days and 50 weeks are Qlib's, which has them for every region.
+REGIONS: dict[str, Region] = {
+    "us": Region(1, None, days_per_year=252, weeks_per_year=52, minutes_per_day=390),
+    "cn": Region(100, 0.095, days_per_year=238, weeks_per_year=50, minutes_per_day=240),
+    "tw": Region(1000, 0.1, days_per_year=238, weeks_per_year=50, minutes_per_day=270),
+}
 TRUSTED_VARIABLE = "QTORCH_TRUSTED"
 PICKLE_VARIABLE = "QTORCH_TRUSTED_PICKLE"  # "1" in commands with trusted_pickle=true
 # Set in jobs whose process works in a folder of its own (hydra.job.chdir=true), and their children.
@@ -23,7 +44,7 @@ FOLDER_VARIABLE = "QTORCH_FOLDER"
 class Session:
     """Default settings of the process; a task's own settings override them."""
 
-    provider_uri: str | None = None
+    provider_uri: str | dict[str, str] | None = None
     region: str = "us"
     tracking_uri: str | None = None
     task_url: str | None = None
@@ -43,7 +64,7 @@ def session() -> Session:
 
 
 def init(
-    provider_uri: str | None = None,
+    provider_uri: str | Mapping[str, str] | None = None,
     region: str | None = None,
     *,
     tracking_uri: str | None = None,
@@ -57,8 +78,8 @@ def init(
     From the first call on, relative paths of stores start in the folder of that call, whatever
     folder the process changes to.
 
-    provider_uri: data folder in Qlib's layout.
-    region: "us" or "cn"; sets the trade unit and the price limit.
+    provider_uri: data folder in Qlib's layout, or `{frequency: folder}`.
+    region: "us", "cn" or "tw"; sets the trade unit, the price limit and the bars per year.
     tracking_uri: URI of the MLflow tracking store.
     task_url: URL of the task pool's store.
     seed: default random seed.
@@ -113,11 +134,25 @@ def trusts_pickles() -> bool:
     return session().trusted_pickle or os.environ.get(PICKLE_VARIABLE) == "1"
 
 
+def get_region(name: str | None = None) -> Region:
+    """Return the rules of a region, by default of the session's; ConfigError if it is unknown."""
+    name = session().region if name is None else name
+    check_name("region", name, REGIONS)
+    return REGIONS[name]
+
+
+def map_paths(function: Callable[[str], str], provider_uri: Any) -> Any:
+    """Apply a function to the folder of a `provider_uri`, or to each of `{frequency: folder}`."""
+    if isinstance(provider_uri, Mapping):
+        return {str(freq): function(str(folder)) for freq, folder in provider_uri.items()}
+    return function(str(provider_uri))
+
+
 def _apply_changes(base: Session, changes: dict[str, Any]) -> Session:
     valid = [f.name for f in fields(Session)]
     for name in changes:
         check_name("option of init", name, valid)
     check_name("region", changes.get("region", "us"), REGIONS)
     if changes.get("provider_uri") is not None:
-        changes["provider_uri"] = os.path.expanduser(str(changes["provider_uri"]))
+        changes["provider_uri"] = map_paths(os.path.expanduser, changes["provider_uri"])
     return replace(base, **changes)

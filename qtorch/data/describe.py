@@ -172,7 +172,7 @@ def describe(
     universe: Instruments = "all",
     start_time: Any = None,
     end_time: Any = None,
-    freq: str = "day",
+    freq: str | None = None,
 ) -> Description:
     """Check the quality of a source, a Panel or a `(datetime, instrument)` frame.
 
@@ -180,6 +180,7 @@ def describe(
     changed.
     """
     source = as_source(data)
+    freq = source.resolve_frequency(freq)
     panel = source.load(instruments=universe, start_time=start_time, end_time=end_time, freq=freq)
     mask = panel.mask.numpy()
     columns = {f: np.where(mask, panel.column(f).numpy(), np.nan) for f in panel.fields}

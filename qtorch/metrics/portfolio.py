@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
 
-from qtorch.core.errors import ConfigError, check_name, unknown_name_message
+from qtorch.core.dates import detect_frequency, is_intraday, parse_frequency
+from qtorch.core.errors import ConfigError, check_name
+from qtorch.core.session import get_region
 
 Mode: TypeAlias = Literal["sum", "product"]
 MODES = ("sum", "product")
-# Periods per year. A trading day has 240 minutes.
-PERIODS: dict[str, int] = {"min": 240 * 238, "day": 238, "week": 50, "month": 12}
-_ALIASES = {"minute": "min", "d": "day", "w": "week", "m": "month", "mon": "month"}
 
 
 def cumulative_return(r: pd.Series, mode: Mode = "sum") -> pd.Series:
@@ -36,20 +34,29 @@ def drawdown(r: pd.Series, mode: Mode = "sum", *, as_qlib: bool = False) -> pd.S
     return total - peak if mode == "sum" else (1 + total) / (1 + peak) - 1
 
 
-def periods_per_year(freq: str) -> float:
-    """The number of periods per year of a frequency such as "day", "month", "5min" or "2week"."""
+def periods_per_year(
+    freq: str | None = None, *, region: str | None = None, dates: pd.Index | None = None
+) -> float:
+    """Return the number of bars per year of a frequency such as "day", "month", "5min" or "2week".
+
+    `region` (default: the session's) sets the trading days per year, 252 for "us" and 238 for "cn"
+    and "tw", and the minutes of its session. If `dates` are bars within a day, these are counted:
+    a day has the median of their number over all days but the first and last. Without `freq` it
+    is that of `dates`, or "day".
+    """
+    calendar = dates.unique().sort_values() if isinstance(dates, pd.DatetimeIndex) else None
+    if freq is None:
+        freq = "day" if calendar is None else detect_frequency(calendar)
     count, unit = parse_frequency(freq)
-    return PERIODS[unit] / count
-
-
-def parse_frequency(freq: str) -> tuple[int, str]:
-    """Split a frequency such as "5min", "day" or "2week" into its count and a unit of `PERIODS`."""
-    match = re.fullmatch(r"(\d*)\s*([A-Za-z]+)", freq.strip())
-    unit = match[2].lower() if match else freq
-    unit = _ALIASES.get(unit, unit)
-    if match is None or unit not in PERIODS:
-        raise ConfigError(unknown_name_message("frequency", freq, PERIODS))
-    return int(match[1] or 1), unit
+    rules = get_region(region)
+    if unit != "min":
+        years = {"day": rules.days_per_year, "week": rules.weeks_per_year, "month": 12}
+        return years[unit] / count
+    if calendar is None or not is_intraday(calendar):
+        return rules.days_per_year * rules.minutes_per_day / count
+    counts = np.unique(calendar.normalize(), return_counts=True)[1]
+    whole_days = counts[1:-1] if len(counts) > 2 else counts.max()  # the edges may be cut
+    return rules.days_per_year * float(np.median(whole_days))
 
 
 def risk_analysis(
@@ -63,16 +70,17 @@ def risk_analysis(
     """Compute mean, std, annualized_return, information_ratio and max_drawdown of returns.
 
     `r` are returns per period (fractions). `N` is the number of periods per year, by default that
-    of `freq` ("day": 238). Mode "sum" adds returns: annual return mean x N, drawdown min(cumsum -
-    cummax(cumsum)). Mode "product" compounds them: geometric mean, standard deviation of log
-    returns, drawdown as a fraction of the peak. Standard deviations use ddof 1. Returns a frame
-    with one column "risk". Corresponds to `risk_analysis` of qlib/contrib/evaluate.py.
-    Differences: a loss in the first period counts as a drawdown (not with `as_qlib`); `freq`
-    defaults to "day", so passing `N` alone does not warn; passing both is an error.
+    of `freq` in the session's region (`periods_per_year`). Mode "sum" adds returns: annual return
+    mean x N, drawdown min(cumsum - cummax(cumsum)). Mode "product" compounds them: geometric mean,
+    standard deviation of log returns, drawdown as a fraction of the peak. Standard deviations use
+    ddof 1. Returns a frame with one column "risk". Corresponds to `risk_analysis` of
+    qlib/contrib/evaluate.py. Differences: a loss in the first period counts as a drawdown (not
+    with `as_qlib`); `freq` defaults to that of the index, else to "day"; passing both is an error;
+    days per year are those of the region (Qlib: 238 everywhere).
     """
     if N is not None and freq is not None:
         raise ConfigError("risk_analysis takes N or freq, not both.")
-    scale = float(N) if N is not None else periods_per_year(freq or "day")
+    scale = float(N) if N is not None else periods_per_year(freq, dates=r.index)
     check_name("mode of returns", mode, MODES)
     if mode == "sum":
         mean, std = float(r.mean()), float(r.std(ddof=1))

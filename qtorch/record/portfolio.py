@@ -14,15 +14,19 @@ from qtorch.backtest.run import backtest
 from qtorch.backtest.strategy import Strategy
 from qtorch.core.errors import AuditError, ConfigError, LoadObjectError, RecordError, check_name
 from qtorch.core.instantiate import fill_placeholder, flatten_dict, resolve_config
-from qtorch.metrics.portfolio import indicator_analysis, risk_analysis
+from qtorch.core.session import session
+from qtorch.data.handler.handler import DataHandler
+from qtorch.data.source.frame import build_source, default_source
+from qtorch.metrics.portfolio import indicator_analysis, periods_per_year, risk_analysis
 from qtorch.record.base import Names, Record
 from qtorch.record.signal import SignalRecord, finite_metrics
-from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.recorder import Recorder, current_recorder
 
 log = logging.getLogger(__name__)
 
 PRED = "<PRED>"
 SCORED = "scored"
+PERIODS = "periods_per_year"  # metric: the number of bars in a year of the annual figures
 DEFAULT_CONFIG: dict[str, Any] = {
     "strategy": {
         "class": "TopkDropoutStrategy",
@@ -49,17 +53,20 @@ class PortAnaRecord(Record):
     `config` has three parts: `strategy` and `executor`, each an object or a configuration in
     Qlib's or Hydra's form, in which `"<PRED>"` stands for the run's scores (their first column),
     and `backtest`, the other arguments of `qtorch.backtest.backtest`. Without dates the backtest
-    runs from the first day of the scores to the day after the last. Without a `benchmark` (or with
+    runs from the first bar of the scores to the bar after the last. Without a `benchmark` (or with
     "scored") the benchmark is the mean return of the scored instruments; `benchmark: null` means
     none. Bars come from `source` in `exchange_kwargs`, else from the dataset's source, else from
-    that of `qtorch.init`.
+    that of `qtorch.init`, and have the frequency of the executor or the exchange, else of the
+    dataset. `region` ("us", "cn", "tw"; default: the session's) sets the price limit, the trade
+    unit and the bars per year of annual figures, unless the exchange sets them.
 
     Writes, for the frequency of the bars ("1day") and each other requested frequency:
     `report_normal_1day`, `positions_normal_1day` and `orders_normal_1day` (both only for the
     bars), `indicators_normal_1day`, `port_analysis_1day`, `indicator_analysis_1day`. Logs metrics
     such as `1day.excess_return_with_cost.annualized_return` (`1day.return_with_cost...` without a
-    benchmark), `1day.ffr`, `1day.pa` and `1day.pos`. `risk_analysis_freq` and
-    `indicator_analysis_freq` are the frequencies to analyse; coarser ones are aggregated.
+    benchmark), `1day.periods_per_year` (of the annual figures), `1day.ffr`, `1day.pa` and
+    `1day.pos`. `risk_analysis_freq` and `indicator_analysis_freq` are the frequencies to analyse;
+    coarser ones are aggregated.
 
     When all is stored and logged the backtest is audited (`BacktestResult.check`): with `audit`
     "error" a fault is a RecordError, with "warning" it is logged, with "off" nothing is checked.
@@ -87,6 +94,7 @@ class PortAnaRecord(Record):
         *,
         dataset: Any = None,
         audit: str = "error",
+        region: str | None = None,
     ) -> None:
         super().__init__(recorder)
         check_name("audit", audit, _AUDITS)
@@ -96,13 +104,33 @@ class PortAnaRecord(Record):
         self.strategy = settings.get("strategy", DEFAULT_CONFIG["strategy"])
         self.executor = settings.get("executor")
         self.backtest = dict(settings.get("backtest", DEFAULT_CONFIG["backtest"]))
-        self.freq = period_name(_bar_freq(self.executor, self.backtest))
-        self.risk_freqs = _period_names(risk_analysis_freq, self.freq)
-        self.indicator_freqs = _period_names(indicator_analysis_freq, self.freq)
+        for freq in (risk_analysis_freq, indicator_analysis_freq):
+            _period_names(freq, "1day")  # raises early for an unknown frequency
+        self._risk_analysis_freq = risk_analysis_freq
+        self._indicator_analysis_freq = indicator_analysis_freq
         self.indicator_analysis_method = indicator_analysis_method
         self.skip_existing = skip_existing
         self.dataset = dataset
         self.audit = audit
+        self.region = region
+
+    @property
+    def freq(self) -> str:
+        """The frequency of the bars, as in the names of the artifacts: "1day", "30min".
+
+        It is the executor's or the exchange's, else the dataset's, else the source's.
+        """
+        return period_name(_bar_freq(self.executor, self.backtest) or self._data_freq() or "day")
+
+    @property
+    def risk_freqs(self) -> list[str]:
+        """The frequencies of the risk analysis."""
+        return _period_names(self._risk_analysis_freq, self.freq)
+
+    @property
+    def indicator_freqs(self) -> list[str]:
+        """The frequencies of the indicator analysis."""
+        return _period_names(self._indicator_analysis_freq, self.freq)
 
     def generate(self) -> dict[str, Any] | None:
         """Backtest, store and log; return the stored objects, or None if skipped."""
@@ -128,8 +156,12 @@ class PortAnaRecord(Record):
         """Run the backtest, with one member per score column."""
         settings = dict(self.backtest)
         exchange = dict(settings.pop("exchange_kwargs", None) or {})
-        if "source" not in exchange and "exchange" not in exchange and not settings.get("source"):
-            settings["source"] = self._source()
+        if "exchange" not in exchange:
+            exchange = {"freq": self.freq, **exchange}
+            if self.region is not None:
+                exchange.setdefault("region", self.region)
+            if "source" not in exchange and not settings.get("source"):
+                settings["source"] = self._source()
         if settings.get("start_time") is None:
             settings["start_time"] = scores.index.get_level_values("datetime").min()
         instruments = scores.index.get_level_values("instrument").unique()
@@ -156,13 +188,31 @@ class PortAnaRecord(Record):
 
     def _source(self) -> Any:
         """Return the dataset's source of bars; None means that of `qtorch.init`."""
-        dataset = self.dataset
-        if dataset is None:
+        return getattr(self._handler(), "source", None)
+
+    def _handler(self) -> Any:
+        """Return the handler of the run's dataset; None without a dataset."""
+        if self.dataset is None and (self._recorder or current_recorder()) is not None:
             try:
-                dataset = self.recorder.load_object("dataset")
+                self.dataset = self.recorder.load_object("dataset")
             except LoadObjectError:
                 return None
-        return getattr(getattr(dataset, "handler", None), "source", None)
+        return getattr(self.dataset, "handler", None)
+
+    def _data_freq(self) -> str | None:
+        """Return the frequency of the dataset, else of the source; None if there is neither."""
+        config = (self.backtest.get("exchange_kwargs") or {}).get("source")
+        config = self.backtest.get("source") if config is None else config
+        if config is not None:
+            return build_source(config).resolve_frequency()
+        handler = self._handler()
+        freq = handler.frequency() if isinstance(handler, DataHandler) else None
+        if freq is not None:
+            return freq
+        source = getattr(handler, "source", None)
+        if source is None and session().provider_uri is not None:
+            source = default_source()
+        return None if source is None else str(source.resolve_frequency())
 
     def _audit(self, result: BacktestResult) -> None:
         """Check the backtest; what it is about is stored by now."""
@@ -207,7 +257,9 @@ class PortAnaRecord(Record):
         metrics = {f"{self.freq}.ended_positions": float(len(result.delistings))}
         as_qlib = bool(self.backtest.get("as_qlib"))
         for freq in self.risk_freqs:
-            analysis = analyze_risk(reports[freq], freq, as_qlib=as_qlib)
+            periods = self._periods_per_year(freq, reports[freq])
+            analysis = analyze_risk(reports[freq], freq, periods, as_qlib=as_qlib)
+            metrics[f"{freq}.{PERIODS}"] = periods
             objects[f"port_analysis_{freq}.pkl"] = analysis
             nested_values = analysis["risk"].unstack().T.to_dict()
             metrics |= {f"{freq}.{name}": v for name, v in flatten_dict(nested_values).items()}
@@ -218,24 +270,35 @@ class PortAnaRecord(Record):
             metrics |= {f"{freq}.{name}": v for name, v in analysis["value"].items()}
         return objects, metrics
 
+    def _periods_per_year(self, freq: str, report: pd.DataFrame) -> float:
+        """Return how many bars a year has in annual figures; Qlib's number for `as_qlib`."""
+        if self.backtest.get("as_qlib"):
+            return periods_per_year(freq, region="cn")
+        return periods_per_year(freq, region=self.region, dates=report.index)
+
     def _log_summary(self, metrics: Mapping[str, float]) -> None:
         for name in ("excess_return_with_cost", "return_with_cost"):
             prefix = f"{self.freq}.{name}"
             if f"{prefix}.annualized_return" in metrics:
                 log.info(
-                    "%s: %.2f%% per year, information ratio %.2f, max drawdown %.2f%%",
+                    "%s: %.2f%% per year (of %g bars), information ratio %.2f, max drawdown %.2f%%",
                     name.replace("_", " "),
                     100 * metrics[f"{prefix}.annualized_return"],
+                    metrics[f"{self.freq}.{PERIODS}"],
                     metrics[f"{prefix}.information_ratio"],
                     100 * metrics[f"{prefix}.max_drawdown"],
                 )
 
 
-def analyze_risk(report: pd.DataFrame, freq: str, *, as_qlib: bool = False) -> pd.DataFrame:
+def analyze_risk(
+    report: pd.DataFrame, freq: str, periods: float | None = None, *, as_qlib: bool = False
+) -> pd.DataFrame:
     """Analyse the risk of a report's excess returns over the benchmark, without and with cost.
 
     Without a benchmark the returns themselves are analysed. Both tables are concatenated.
+    `periods` is the number of bars per year, by default that of `freq`.
     """
+    periods = periods_per_year(freq, dates=report.index) if periods is None else periods
     if report["bench"].isna().all():
         name, returns = "return", report["return"]
     else:
@@ -245,7 +308,7 @@ def analyze_risk(report: pd.DataFrame, freq: str, *, as_qlib: bool = False) -> p
         f"{name}_with_cost": returns - report["cost"],
     }
     return pd.concat(
-        {key: risk_analysis(r, freq=freq, as_qlib=as_qlib) for key, r in series.items()}
+        {key: risk_analysis(r, periods, as_qlib=as_qlib) for key, r in series.items()}
     )
 
 
@@ -256,13 +319,19 @@ def _period_names(freqs: str | Sequence[str] | None, bars: str) -> list[str]:
     return [period_name(f) for f in freq_list]
 
 
-def _bar_freq(executor: Any, settings: Mapping[str, Any]) -> str:
-    """Return the trading frequency: the executor's, else the exchange's, else daily."""
+def _bar_freq(executor: Any, settings: Mapping[str, Any]) -> str | None:
+    """Return the trading frequency: the executor's, else the exchange's; None if it is not set."""
     if isinstance(executor, Mapping):
         kwargs = executor.get("kwargs") or executor
         if kwargs.get("time_per_step"):
             return str(kwargs["time_per_step"])
-    return str((settings.get("exchange_kwargs") or {}).get("freq", "day"))
+    exchange = settings.get("exchange_kwargs") or {}
+    live_exchange = exchange.get("exchange")
+    if isinstance(live_exchange, Mapping):
+        exchange = live_exchange.get("kwargs") or live_exchange
+    elif live_exchange is not None:
+        return str(live_exchange.freq)
+    return None if exchange.get("freq") is None else str(exchange["freq"])
 
 
 class MultiPassPortAnaRecord(PortAnaRecord):
@@ -288,6 +357,7 @@ class MultiPassPortAnaRecord(PortAnaRecord):
         seed: int = 0,
         dataset: Any = None,
         audit: str = "error",
+        region: str | None = None,
     ) -> None:
         super().__init__(
             recorder,
@@ -296,6 +366,7 @@ class MultiPassPortAnaRecord(PortAnaRecord):
             skip_existing=skip_existing,
             dataset=dataset,
             audit=audit,
+            region=region,
         )
         if pass_num < 2:
             raise ConfigError(f"pass_num={pass_num!r}: expected at least 2 passes.")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pandas as pd
 
 from qtorch.core.errors import LoadObjectError, RecordError
+from qtorch.metrics.portfolio import periods_per_year
 from qtorch.metrics.signal import (
     annual_return,
     annual_sharpe,
@@ -116,8 +117,11 @@ class SigAnaRecord(Record):
     Writes `ic.pkl`, `ric.pkl` (Series by day) and the chart `ic.png`; with `ana_long_short` also
     `long_short_r.pkl` and `long_avg_r.pkl`. Logs IC, ICIR, Rank IC, Rank ICIR, and with
     `ana_long_short` the annual return (mean x `ann_scaler`) and Sharpe ratio of both series.
+    `ann_scaler` is the number of bars per year, by default that of the scores' frequency in
+    `region` (default: the session's): 252 for daily bars of the US.
     `label_col` selects one of several label columns; `skip_existing` skips the work if the
-    artifacts exist. Corresponds to Qlib's SigAnaRecord; a missing dependency is an error here.
+    artifacts exist. Corresponds to Qlib's SigAnaRecord; a missing dependency is an error here,
+    and Qlib's `ann_scaler` is always 252.
     """
 
     artifact_path: ClassVar[str | None] = "sig_analysis"
@@ -129,13 +133,16 @@ class SigAnaRecord(Record):
         self,
         recorder: Recorder | None = None,
         ana_long_short: bool = False,
-        ann_scaler: float = 252,
+        ann_scaler: float | None = None,
         label_col: int = 0,
         skip_existing: bool = False,
+        *,
+        region: str | None = None,
     ) -> None:
         super().__init__(recorder)
         self.ana_long_short = ana_long_short
         self.ann_scaler = ann_scaler
+        self.region = region
         self.label_col = label_col
         self.skip_existing = skip_existing
 
@@ -156,14 +163,22 @@ class SigAnaRecord(Record):
         series = {"ic.pkl": ic, "ric.pkl": rank_ic}
         if self.ana_long_short:
             returns = calc_long_short_return(score, label)
+            scaler = self._periods_per_year(returns[0])
             series |= dict(zip(("long_short_r.pkl", "long_avg_r.pkl"), returns, strict=True))
             for name, daily in zip(("Long-Short", "Long-Avg"), returns, strict=True):
-                metrics[f"{name} Ann Return"] = annual_return(daily, self.ann_scaler)
-                metrics[f"{name} Ann Sharpe"] = annual_sharpe(daily, self.ann_scaler)
+                metrics[f"{name} Ann Return"] = annual_return(daily, scaler)
+                metrics[f"{name} Ann Sharpe"] = annual_sharpe(daily, scaler)
         self.recorder.log_batch(finite_metrics(metrics), step=0)
         self.save(**series)
         self._save_chart(ic, rank_ic)
         return series
+
+    def _periods_per_year(self, returns: pd.Series) -> float:
+        scaler = self.ann_scaler
+        if scaler is None:
+            scaler = periods_per_year(region=self.region, dates=returns.index)
+        log.info("long-short returns: a year has %g bars in the annual figures", scaler)
+        return scaler
 
     def list(self) -> Names:
         long_short = ["long_short_r.pkl", "long_avg_r.pkl"] if self.ana_long_short else []

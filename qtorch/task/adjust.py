@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from qtorch.core.dates import end_row, first_row
+from qtorch.core.configured import plain_value
+from qtorch.core.dates import bar_text, end_row, first_row, is_intraday
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 
 if TYPE_CHECKING:
@@ -23,11 +24,14 @@ class CalendarEndError(DataError, KeyError):
 
 
 class TimeAdjuster:
-    """Moves dates along a trading calendar. Corresponds to qlib/workflow/task/utils.py.
+    """Moves dates along a trading calendar of bars. Corresponds to qlib/workflow/task/utils.py.
+
+    Steps are rows of the calendar: trading days for daily bars, bars for others.
 
     The calendar is `calendar` (dates), else that of `source` (a Source, its configuration or a
-    folder in Qlib's layout), else that of `qtorch.init(provider_uri=...)`. `future` adds future
-    trading days if the source has them (`<freq>_future.txt`). None as a date means unbounded.
+    folder in Qlib's layout), else that of `qtorch.init(provider_uri=...)`. `freq` is the frequency
+    of its bars; None is that of the source. `future` adds future bars if the source has them
+    (`<freq>_future.txt`). None as a date means unbounded.
 
     Differences from Qlib: a date before the first or after the last day is an error, while Qlib
     returns the other end of the calendar; spans may be lists as well as tuples.
@@ -43,7 +47,7 @@ class TimeAdjuster:
         *,
         calendar: Sequence[Any] | pd.DatetimeIndex | None = None,
         source: Any = None,
-        freq: str = "day",
+        freq: str | None = None,
     ) -> None:
         if calendar is None:
             dates = _load_calendar(source, freq, future)
@@ -55,6 +59,7 @@ class TimeAdjuster:
             raise DataError("the calendar's dates must be increasing and unique.")
         self._all = dates
         self.cals = dates
+        self.is_intraday = is_intraday(dates)
         self.set_end_time(end_time)
 
     def set_end_time(self, end_time: Any = None) -> None:
@@ -74,6 +79,18 @@ class TimeAdjuster:
                 f"({self.cals[0]:%Y-%m-%d}); use a later start."
             )
         return self.cals[idx]
+
+    def to_text(self, segments: Mapping[str, Any]) -> dict[str, list[str | None]]:
+        """Convert segments to plain data with dates as text, as in a task (Qlib has Timestamps).
+
+        The text has the time if the calendar has several bars a day: a date alone, as an end, would
+        include the whole day.
+        """
+        return {name: [self._date_text(date) for date in span] for name, span in segments.items()}
+
+    def _date_text(self, date: Any) -> Any:
+        has_time = self.is_intraday and isinstance(date, pd.Timestamp)
+        return bar_text(date) if has_time else plain_value(date)
 
     def max(self) -> pd.Timestamp:
         """Return the last date of the calendar."""
@@ -161,10 +178,11 @@ class TimeAdjuster:
         return self.get(first), self.get(last)
 
 
-def _load_calendar(source: Any, freq: str, future: bool) -> pd.DatetimeIndex:
+def _load_calendar(source: Any, freq: str | None, future: bool) -> pd.DatetimeIndex:
     from qtorch.data.source.frame import build_source, default_source
 
     calendar_source: Source = default_source() if source is None else build_source(source)
+    freq = calendar_source.resolve_frequency(freq)
     if future:
         try:
             return calendar_source.read_calendar(f"{freq}_future")

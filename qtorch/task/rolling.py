@@ -1,4 +1,4 @@
-"""RollingGen: tasks that are retrained every few days and tested on the following days."""
+"""RollingGen: tasks that are retrained every few bars and tested on the bars that follow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 
-from qtorch.core.configured import plain_value
 from qtorch.core.dates import last_instant
 from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
@@ -90,6 +89,17 @@ def task_source(task: Mapping[str, Any]) -> Any:
     return getattr(handler, "source", None)
 
 
+def task_frequency(task: Mapping[str, Any]) -> str | None:
+    """Return the frequency of a task's data; None if its configuration leaves it to the source."""
+    handler = task_handler(task)
+    if not isinstance(handler, Mapping):
+        own_frequency = getattr(handler, "frequency", None)
+        return own_frequency() if callable(own_frequency) else None
+    arguments = config_arguments(handler)
+    freq = arguments.get("freq", config_arguments(arguments.get("data_loader")).get("freq"))
+    return next(iter(freq.values()), None) if isinstance(freq, Mapping) else freq
+
+
 def label_horizon(task: Mapping[str, Any]) -> int | None:
     """Return how many calendar rows the task's label looks ahead; None if that is unknown.
 
@@ -143,9 +153,9 @@ def task_generator(
 class MultiHorizonGenBase(TaskGen):
     """Generates one task per label horizon; a subclass implements `set_horizon`.
 
-    `label_leak_n` is the number of days after the prediction until a label of horizon 0 would be
-    known: 2 if shares are bought on the next day and sold the day after. Each task's other
-    segments end `horizon + label_leak_n` trading days before its test segment. `calendar` is that
+    `label_leak_n` is the number of bars after the prediction until a label of horizon 0 would be
+    known: 2 if shares are bought on the next bar and sold on the one after. Each task's other
+    segments end `horizon + label_leak_n` bars before its test segment. `calendar` is that
     of TimeAdjuster; by default the calendar of the task's source.
     """
 
@@ -176,14 +186,14 @@ class MultiHorizonGenBase(TaskGen):
             segments = adjuster.align_seg(task_segments(new))
             days = horizon + self.label_leak_n
             segments = truncate_segments(adjuster, segments, days, self.test_key)
-            generated_tasks.append(with_segments(new, segments_to_text(segments)))
+            generated_tasks.append(with_segments(new, adjuster.to_text(segments)))
         return generated_tasks
 
 
 def truncate_segments(
     adjuster: TimeAdjuster, segments: Mapping[str, Any], days: int, test_key: str = "test"
 ) -> dict[str, Any]:
-    """Truncate all segments but the test's to end `days` trading days before the test begins."""
+    """Truncate all segments but the test's to end `days` bars before the test begins."""
     starts = [t for t in segments[test_key] if t is not None]
     test_start = min(starts, key=pd.Timestamp)
     return {
@@ -195,15 +205,10 @@ def truncate_segments(
 def build_adjuster(
     task: TaskDef, calendar: Sequence[Any] | pd.DatetimeIndex | None = None
 ) -> TimeAdjuster:
-    """Build a TimeAdjuster on a calendar, by default on that of the task's source."""
-    return TimeAdjuster(
-        calendar=calendar, source=None if calendar is not None else task_source(task)
-    )
-
-
-def segments_to_text(segments: Mapping[str, Any]) -> dict[str, list[str | None]]:
-    """Convert segments to plain data with dates as text, as in a task (Qlib has Timestamps)."""
-    return {name: [plain_value(date) for date in span] for name, span in segments.items()}
+    """Build a TimeAdjuster on a calendar, by default on the bars of the task's source."""
+    if calendar is not None:
+        return TimeAdjuster(calendar=calendar)
+    return TimeAdjuster(source=task_source(task), freq=task_frequency(task))
 
 
 def copy_task(task: TaskDef) -> dict[str, Any]:
@@ -230,16 +235,18 @@ def handler_mod(task: dict[str, Any], rolling_gen: RollingGen) -> None:
 
 
 class RollingGen(TaskGen):
-    """Generates tasks whose segments advance by `step` trading days; each is tested on `step` days.
+    """Generates tasks whose segments advance by `step` bars; each is tested on `step` bars.
+
+    Bars are those of the task's frequency: trading days unless the data has another one.
 
     rtype: "expanding" keeps the start of the train segment, "sliding" its length; all other
         segments slide.
     overshoot: the first test segment starts with the task's test segment and the last one contains
         its end. The last one has the full length and may extend beyond that end (as in Qlib),
         unless `overshoot` is False.
-    trunc_days: the other segments end that many trading days before the test begins. None is the
+    trunc_days: the other segments end that many bars before the test begins. None is the
         look-ahead of the task's label (Qlib truncates nothing then), 0 truncates nothing. Purging
-        in the dataset does not remove the same days again: it drops samples by the end of their
+        in the dataset does not remove the same bars again: it drops samples by the end of their
         label.
     ds_extra_mod_func: `ds_extra_mod_func(task, rolling_gen)` may modify each task; the default
         moves the handler's end.
@@ -273,7 +280,7 @@ class RollingGen(TaskGen):
                 unknown_name_message("rtype", str(rtype), (self.ROLL_EX, self.ROLL_SD))
             )
         if int(step) < 1:
-            raise ConfigError(f"step={step}: step must be at least one trading day.")
+            raise ConfigError(f"step={step}: step must be at least one bar.")
         self.step, self.rtype = int(step), rtype
         self.ds_extra_mod_func = ds_extra_mod_func
         self.test_key, self.train_key = test_key, train_key
@@ -298,11 +305,11 @@ class RollingGen(TaskGen):
         for key in (self.test_key, self.train_key):
             if key not in own_segments:
                 raise ConfigError(unknown_name_message("segment", key, own_segments))
-        segments = self.ta.align_seg(own_segments)
+        segments = self._align(own_segments)
         start, end = segments[self.test_key]
         if start is None:
             raise ConfigError("rolling needs a test segment with a start date.")
-        end = self.ta.max() if end is None else end
+        end = self.ta.max() if end is None else pd.Timestamp(end)
         segments[self.test_key] = self._first_test_segment(start)
         days = label_horizon(task) if self.trunc_days is None else self.trunc_days
         if days is None:
@@ -311,7 +318,7 @@ class RollingGen(TaskGen):
             )
         elif days > 0:
             segments = truncate_segments(self.ta, segments, days, self.test_key)
-        train = self.ta.align_seg(own_segments)[self.train_key]
+        train = self._align(own_segments)[self.train_key]
         first = self._move_task(task, train, segments, end)
         return [first, *self.gen_following_tasks(first, end)]
 
@@ -319,20 +326,26 @@ class RollingGen(TaskGen):
         """Generate the windows after that of `task`, up to the one that contains `test_end`."""
         if self._adjuster is None:
             self._adjuster = build_adjuster(task, self.calendar)
-        base = segments = self.ta.align_seg(task_segments(task))
+        base = segments = self._align(task_segments(task))
         last = pd.Timestamp(test_end)
+        if self.ta.is_intraday and isinstance(test_end, str):
+            last = last_instant(test_end)
         while True:
             try:
-                segments = {
-                    name: self._shift_segment(name, span) for name, span in segments.items()
-                }
+                segments = self.ta.to_text(
+                    {name: self._shift_segment(name, span) for name, span in segments.items()}
+                )
             except CalendarEndError:
                 return
-            if segments[self.test_key][0] > last:
+            if pd.Timestamp(segments[self.test_key][0]) > last:
                 return
             yield self._move_task(task, base[self.train_key], segments, last)
 
-    def _first_test_segment(self, start: pd.Timestamp) -> tuple[Any, Any]:
+    def _align(self, segments: Mapping[str, Any]) -> dict[str, Any]:
+        """Align segments to the calendar; as text, which names one bar also as an end."""
+        return self.ta.to_text(self.ta.align_seg(segments))
+
+    def _first_test_segment(self, start: Any) -> tuple[Any, Any]:
         row = self.ta.align_idx(start)
         assert row is not None
         return self.ta.get(row), self.ta.get(row + self.step - 1)
@@ -350,9 +363,9 @@ class RollingGen(TaskGen):
         """
         new = dict(self.task_copy_func(task))
         start, last = segments[self.test_key]
-        if not self.overshoot and (last is None or last > end):
+        if not self.overshoot and (last is None or pd.Timestamp(last) > end):
             segments = {**segments, self.test_key: (start, end)}
-        new["dataset"] = with_arguments(task_dataset(new), segments=segments_to_text(segments))
+        new["dataset"] = with_arguments(task_dataset(new), segments=self.ta.to_text(segments))
         handler = task_handler(new)
         if isinstance(handler, Mapping):
             is_wide_fit_allowed = bool(config_arguments(handler).get("allow_wide_fit"))
@@ -398,4 +411,4 @@ class RollingGen(TaskGen):
         offset = row - old
         if not is_wide_allowed:  # keep the fit window inside the train segment
             offset = max(offset, 0) if key == FIT_START else min(offset, 0)
-        return plain_value(self.ta.get(max(0, new + offset)))
+        return self.ta.to_text({key: [self.ta.get(max(0, new + offset))]})[key][0]

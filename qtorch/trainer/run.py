@@ -24,7 +24,7 @@ from qtorch.core.instantiate import (
 from qtorch.core.plain import convert_tree, is_plain_scalar
 from qtorch.core.runtime import seed_everything
 from qtorch.core.secrets import complete_tree, has_mask, redact_tree
-from qtorch.core.session import session, session_context
+from qtorch.core.session import Session, map_paths, session, session_context
 from qtorch.core.trust import check_config_trust
 from qtorch.process.heartbeat import beat
 from qtorch.tracking.claims import hold_run
@@ -51,6 +51,7 @@ TRACKING_FIELDS = ("experiment_name", "recorder_name", "uri", INPUTS_FIELD)
 QLIB_SOURCE = "qtorch.data.source.qlib.QlibSource"
 PATH_ARGUMENTS = {"provider_uri", "path"}  # arguments of data sources that are paths on disk
 RECORD_MODULE = "qtorch.record"
+REGION_RECORDS = {"SigAnaRecord", "PortAnaRecord", "MultiPassPortAnaRecord"}
 TASK = "task"
 TRAIN, TEST = "train", "test"
 # Epochs, seconds, samples per second. These are no metrics, because they are not reproducible.
@@ -418,7 +419,8 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
     """Copy a task and write the defaults of this process into it.
 
     Seed: the task's, else the session's, else a random one (so that the run can be repeated).
-    Data source: a handler configured without one gets the session's `provider_uri`. URLs that were
+    Data source: a handler configured without one gets the session's `provider_uri`. Region: records
+    that use one get the session's, so that a worker on another machine uses it too. URLs that were
     stored without their secrets are completed. Segments: fractions become dates. Raises ConfigError
     for a task without model or dataset, and for a URL that cannot be completed.
     """
@@ -442,6 +444,8 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
         complete["seed"] = secrets.randbelow(2**31) if session_seed is None else session_seed
     complete["dataset"] = _resolve_source(complete["dataset"])
     complete = resolve_segments(complete)
+    if complete.get("record") and session().region != Session.region:
+        complete["record"] = _with_region(complete["record"], session().region)
     convert_tree(complete, _check_url, "task")
     return complete
 
@@ -504,14 +508,28 @@ def _resolve_source(dataset: Any) -> Any:
     source = options.get("source")
     if isinstance(source, Mapping):
         for key in PATH_ARGUMENTS & _options(source).keys():
-            path = os.path.abspath(os.path.expanduser(str(_options(source)[key])))
+            path = map_paths(_absolute_path, _options(source)[key])
             source = _set_option(source, key, path)
     elif source is None and options.get("data_loader") is None and session().provider_uri:
-        provider = os.path.abspath(str(session().provider_uri))
+        provider = map_paths(os.path.abspath, session().provider_uri)
         source = {"_target_": QLIB_SOURCE, "provider_uri": provider}
     if source is None:
         return dataset
     return _set_option(dataset, "handler", _set_option(handler, "source", source))
+
+
+def _with_region(records: Any, region: str) -> Any:
+    """Write the region into the configurations of records that have none of their own."""
+    if isinstance(records, list | tuple):
+        return [_with_region(record, region) for record in records]
+    if not isinstance(records, Mapping) or "region" in _options(records):
+        return records
+    name = str(records.get("_target_", records.get("class", ""))).rpartition(".")[2]
+    return _set_option(records, "region", region) if name in REGION_RECORDS else records
+
+
+def _absolute_path(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _options(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from qtorch.core.dates import bar_text, is_intraday
 from qtorch.core.errors import ConfigError
 from qtorch.core.identity import digest
 from qtorch.core.instantiate import init_instance_by_config
@@ -27,15 +28,16 @@ def resolve_segments(task: Mapping[str, Any], calendars: Calendars | None = None
     if not isinstance(segments, Mapping) or not any(_is_fraction(v) for v in segments.values()):
         return dict(task)
     handler = dataset.get("handler")
-    source = handler.get("source") if isinstance(handler, Mapping) else None
+    handler = handler if isinstance(handler, Mapping) else {}
+    source, freq = handler.get("source"), handler.get("freq")
     if source is None:
         raise ConfigError(
             "segments given as fractions need the data's calendar, but the handler has no "
             "source; use dates: segments.train=[2008-01-01,2014-12-31] and so on."
         )
-    calendar_cache, key = ({} if calendars is None else calendars), digest(source)
+    calendar_cache, key = ({} if calendars is None else calendars), digest([source, freq])
     if key not in calendar_cache:
-        calendar_cache[key] = init_instance_by_config(source).calendar()
+        calendar_cache[key] = init_instance_by_config(source).calendar(freq=freq)
     dates = segment_dates(segments, calendar_cache[key])
     return {**task, "dataset": {**dataset, "segments": dates}}
 
@@ -43,6 +45,7 @@ def resolve_segments(task: Mapping[str, Any], calendars: Calendars | None = None
 def segment_dates(segments: Mapping[str, Any], calendar: pd.DatetimeIndex) -> dict[str, list[str]]:
     """Convert fractions of a calendar, in their order, into inclusive `[first, last]` dates.
 
+    The dates have times, and a boundary may be inside a day, if a day has several bars.
     Raises ConfigError if fractions and dates are mixed, if a fraction is not in (0, 1], if the sum
     exceeds 1, or if a segment contains no day.
     """
@@ -56,16 +59,20 @@ def segment_dates(segments: Mapping[str, Any], calendar: pd.DatetimeIndex) -> di
     if total > 1 + 1e-9 or any(not 0 < float(v) <= 1 for v in segments.values()):
         shares = ", ".join(f"{k}={v}" for k, v in segments.items())
         raise ConfigError(f"segments {shares}: each must be in (0, 1] and their sum at most 1.")
-    segments_out, share = {}, 0.0
+    segments_out, share, has_times = {}, 0.0, is_intraday(calendar)
     for name, value in segments.items():
         first = round(share * len(calendar))
         share += float(value)
         last = round(share * len(calendar)) - 1
         if last < first:
+            bars = "bars" if has_times else "days"
             raise ConfigError(
-                f"segment {name}={value} contains no day: the calendar has {len(calendar)} days."
+                f"segment {name}={value} contains no {bars[:-1]}: the calendar has "
+                f"{len(calendar)} {bars}."
             )
-        segments_out[name] = [f"{calendar[k]:%Y-%m-%d}" for k in (first, last)]
+        segments_out[name] = [
+            bar_text(calendar[k]) if has_times else f"{calendar[k]:%Y-%m-%d}" for k in (first, last)
+        ]
     return segments_out
 
 

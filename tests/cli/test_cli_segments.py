@@ -7,7 +7,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from qtorch.cli.compose import compose_settings
+from qtorch.core.dates import date_rows
 from qtorch.core.errors import ConfigError
+from qtorch.data.dataset.samples import check_segments
 from qtorch.trainer.run import complete_task
 from qtorch.trainer.segments import resolve_segments, segment_dates
 
@@ -71,3 +73,26 @@ def test_part_of_a_reference_is_set_at_its_source():
         ConfigError, match=r"dataset.segments is \$\{segments\}: set segments.train"
     ):
         compose_settings("train", ["dataset.segments.train=[2015-01-01,2017-12-31]"])
+
+
+def test_a_boundary_may_be_inside_a_day():
+    times = [pd.Timedelta(minutes=m) for m in (600, 660, 720, 780)]
+    days = pd.bdate_range("2020-01-01", periods=5)
+    calendar = pd.DatetimeIndex([d + t for d in days for t in times])
+    dates = segment_dates({"train": 0.5, "test": 0.5}, calendar)
+    assert dates == {
+        "train": ["2020-01-01 10:00:00", "2020-01-03 11:00:00"],
+        "test": ["2020-01-03 12:00:00", "2020-01-07 13:00:00"],
+    }
+    check_segments(dates)
+    with pytest.raises(ConfigError, match="contains no bar: the calendar has 20 bars"):
+        segment_dates({"train": 0.9, "test": 0.01}, calendar)
+
+
+def test_bars_around_the_clock_have_times_at_midnight_too():
+    calendar = pd.date_range("2020-01-01", periods=48, freq="h")
+    dates = segment_dates({"train": 25 / 48, "test": 23 / 48}, calendar)
+    assert dates["train"][1] == "2020-01-02 00:00:00"
+    check_segments(dates)
+    assert date_rows(calendar, *dates["train"]) == slice(0, 25)
+    assert date_rows(calendar, *dates["test"]) == slice(25, 48)

@@ -8,7 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qtorch.core.dates import as_stamp, date_rows, last_date, last_instant
+from qtorch.core.dates import (
+    as_stamp,
+    bar_text,
+    date_rows,
+    frequency,
+    last_date,
+    last_instant,
+    parse_frequency,
+)
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.data import (
     Concepts,
@@ -170,3 +178,24 @@ def test_last_instant_and_last_date(date, last):
 def test_what_is_not_a_date_is_refused(date):
     with pytest.raises(DataError, match="date"):
         last_instant(date)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1h", "60min"),
+        ("2 hours", "120min"),
+        ("30T", "30min"),
+        ("monthly", "month"),
+        ("3d", "3day"),
+    ],
+)
+def test_spellings_of_frequencies(text: str, expected: str) -> None:
+    assert frequency(text) == expected
+    assert parse_frequency(text) == parse_frequency(expected)
+
+
+def test_text_of_a_bar_means_only_its_instant() -> None:
+    midnight = pd.Timestamp("2024-01-03")
+    assert last_instant(bar_text(midnight)) < midnight + pd.Timedelta(seconds=1)
+    assert last_instant(midnight) > midnight + pd.Timedelta(hours=23)

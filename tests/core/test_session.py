@@ -24,7 +24,7 @@ def test_init_changes_only_the_arguments_that_it_gets():
     assert "~" not in session().provider_uri
     assert (session().region, session().seed) == ("cn", 3)
     assert session().tracking_uri == "sqlite:///x.db"
-    with pytest.raises(ConfigError, match=r"unknown region 'uk'\. Valid names: cn, us"):
+    with pytest.raises(ConfigError, match=r"unknown region 'uk'\. Valid names: cn, tw, us"):
         init(region="uk")
 
 

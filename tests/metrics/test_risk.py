@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from qtorch.core.errors import ConfigError
+from qtorch.core.session import session_context
 from qtorch.metrics.portfolio import (
     drawdown,
     indicator_analysis,
@@ -23,8 +24,32 @@ RETURNS = [-0.01, -0.02, 0.005, 0.03, -0.01, 0.0, -0.015, 0.02]
     ("freq", "expected"),
     [("day", 238), ("1day", 238), ("week", 50), ("month", 12), ("5min", 240 * 238 / 5), ("2w", 25)],
 )
-def test_periods_per_year(freq: str, expected: float) -> None:
-    assert periods_per_year(freq) == expected
+def test_periods_per_year_of_qlib_are_those_of_region_cn(freq: str, expected: float) -> None:
+    assert periods_per_year(freq, region="cn") == expected
+
+
+@pytest.mark.parametrize(
+    ("region", "freq", "expected"),
+    [("us", "day", 252), ("us", "30min", 13 * 252), ("us", "1h", 6.5 * 252), ("tw", "day", 238)],
+)
+def test_the_region_sets_the_periods_per_year(region: str, freq: str, expected: float) -> None:
+    with session_context(region=region):
+        assert periods_per_year(freq) == expected
+
+
+def test_bars_of_a_day_are_counted_in_the_dates() -> None:
+    days = pd.bdate_range("2024-01-02", periods=5)
+    times = [pd.Timedelta(minutes=m) for m in (600, 630, 660, 690)]
+    bars = pd.DatetimeIndex([d + t for d in days for t in times])[2:]  # the first day has two bars
+    assert periods_per_year("30min", region="us", dates=bars) == 4 * 252
+    r = pd.Series(0.001, bars)
+    r.iloc[0] = 0.002
+    risk = risk_analysis(r)["risk"]
+    assert risk["annualized_return"] == pytest.approx(r.mean() * 4 * 252)
+    assert periods_per_year(dates=bars[2:-3]) == 4 * 252  # half of a day at both ends
+    assert periods_per_year(dates=days) == 252
+    weeks = pd.date_range("2020-01-03", periods=20, freq="W-FRI")
+    assert periods_per_year(dates=weeks) == 52
 
 
 def test_sum_mode_by_hand() -> None:
@@ -32,8 +57,8 @@ def test_sum_mode_by_hand() -> None:
     risk = risk_analysis(r)["risk"]
     std = np.std([0.1, -0.2, 0.05], ddof=1)
     assert risk["mean"] == pytest.approx(-0.05 / 3)
-    assert risk["annualized_return"] == pytest.approx(-0.05 / 3 * 238)
-    assert risk["information_ratio"] == pytest.approx(-0.05 / 3 / std * np.sqrt(238))
+    assert risk["annualized_return"] == pytest.approx(-0.05 / 3 * 252)
+    assert risk["information_ratio"] == pytest.approx(-0.05 / 3 / std * np.sqrt(252))
     assert risk["max_drawdown"] == pytest.approx(-0.2)
 
 
@@ -74,11 +99,12 @@ print("RESULT" + json.dumps([
     )
     assert process.returncode == 0, process.stderr[-2000:]
     qlib_results = json.loads(process.stdout.split("RESULT")[1])
-    results = [
-        risk_analysis(pd.Series(RETURNS), freq=f, mode=m, as_qlib=True)["risk"].to_dict()
-        for f in ("day", "week", "month")
-        for m in ("sum", "product")
-    ]
+    with session_context(region="cn"):  # Qlib has 238 days in every region
+        results = [
+            risk_analysis(pd.Series(RETURNS), freq=f, mode=m, as_qlib=True)["risk"].to_dict()
+            for f in ("day", "week", "month")
+            for m in ("sum", "product")
+        ]
     for actual, expected in zip(results, qlib_results, strict=True):
         assert actual == pytest.approx(expected, abs=1e-12)
 

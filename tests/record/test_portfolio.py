@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 
 import qtorch
-from qtorch.backtest import TopkDropoutStrategy, backtest
+from qtorch.backtest import Exchange, TopkDropoutStrategy, backtest
 from qtorch.core.errors import ConfigError, RecordError
-from qtorch.data import FrameSource, SyntheticSource
+from qtorch.data import DataHandlerLP, DatasetH, FrameSource, QlibDataLoader, SyntheticSource
 from qtorch.metrics import risk_analysis
-from qtorch.record import HFSignalRecord, MultiPassPortAnaRecord, PortAnaRecord
+from qtorch.record import HFSignalRecord, MultiPassPortAnaRecord, PortAnaRecord, SigAnaRecord
 
 COSTS = {"open_cost": 0.0005, "close_cost": 0.0015, "min_cost": 5}
 BACKTEST = {"account": 1e7, "benchmark": "MARKET", "exchange_kwargs": COSTS}
@@ -262,3 +262,59 @@ def test_precision_of_intraday_scores(recorder):
     assert metrics["Long-Short Average Return"] == pytest.approx((3 - 1) * 4 / 4)
     stored_returns = recorder.load_object("hg_sig_analysis/long_short_r.pkl")
     np.testing.assert_allclose(stored_returns, [-4, 4, 4, 4])
+
+
+# -- bars within a day, regions --------------------------------------------------------------------
+
+
+def intraday_run(recorder) -> DatasetH:
+    """Store scores of half-hours, four a day, and return their dataset."""
+    days = pd.bdate_range("2024-01-02", periods=12)
+    stamps = [d + pd.Timedelta(minutes=m) for d in days for m in (600, 630, 660, 690)]
+    names = list("ABCDEFGHIJ")
+    index = pd.MultiIndex.from_product([stamps, names], names=["datetime", "instrument"])
+    close = 10 * np.exp(np.random.default_rng(0).normal(0, 0.01, (48, 10)).cumsum(0)).ravel()
+    bars = pd.DataFrame({"close": close, "volume": 1e5}, index)
+    loader = QlibDataLoader({"feature": ["$close"], "label": ["Ref($close, -1)/$close-1"]})
+    handler = DataHandlerLP("all", data_loader=loader, source=FrameSource(bars))
+    score = (-bars[["close"]]).rename(columns={"close": "score"}).iloc[:400]
+    label = bars[["close"]].groupby(level=1).pct_change().fillna(0.0).iloc[:400]
+    recorder.save_objects(**{"pred.pkl": score, "label.pkl": label})
+    return DatasetH(handler, {"test": ("2024-01-02", "2024-01-17")})
+
+
+def test_records_have_the_frequency_of_the_dataset(recorder):
+    dataset = intraday_run(recorder)
+    strategy = {"class": "TopkDropoutStrategy", "kwargs": {"signal": "<PRED>", "topk": 2}}
+    strategy["kwargs"]["n_drop"] = 1
+    record = PortAnaRecord(recorder, {"strategy": strategy}, dataset=dataset)
+    objects = record.generate()
+    assert record.list()[0] == "report_normal_30min.pkl"
+    report = objects["report_normal_30min.pkl"]
+    assert len(report) == 41  # the first bar of the scores to the bar after the last
+    metrics = recorder.list_metrics()
+    assert metrics["30min.periods_per_year"] == 4 * 252
+    excess = report["return"] - report["bench"]
+    name = "30min.excess_return_without_cost.annualized_return"
+    assert metrics[name] == pytest.approx(excess.mean() * 4 * 252)
+    SigAnaRecord(recorder, ana_long_short=True).generate()
+    long_short = recorder.load_object("sig_analysis/long_short_r.pkl")
+    metrics = recorder.list_metrics()
+    assert metrics["Long-Short Ann Return"] == pytest.approx(long_short.mean() * 4 * 252)
+
+
+def test_the_region_of_a_record_sets_limit_lots_and_annual_figures(recorder, scores, market):
+    recorder.save_objects(**{"pred.pkl": scores.iloc[:300].to_frame()})
+    settings = config(exchange_kwargs=None)
+    record = PortAnaRecord(recorder, settings, dataset=Dataset(market), region="tw")
+    objects = record.generate()
+    metrics = recorder.list_metrics()
+    assert metrics["1day.periods_per_year"] == 238
+    shares = objects["orders_normal_1day.pkl"]["deal_amount"]
+    report = objects["report_normal_1day.pkl"]
+    excess = report["return"] - report["bench"] - report["cost"]
+    annual = metrics["1day.excess_return_with_cost.annualized_return"]
+    assert annual == pytest.approx(excess.mean() * 238)
+    exchange = Exchange(source=market, region="tw")
+    assert (exchange.trade_unit, exchange.limit_threshold) == (1000, 0.1)
+    assert len(shares)

@@ -78,11 +78,11 @@ def test_numbers_match_the_artifacts(full_run, account_walk):
     weights = positions["weight"].unstack(fill_value=0.0).to_numpy()
     expected_numbers = {
         "total_return": report["account"].iloc[-1] / start - 1,
-        "annualized_return": net.mean() * 238,
-        "annualized_return_without_cost": report["return"].mean() * 238,
-        "sharpe_ratio": net.mean() / net.std(ddof=1) * np.sqrt(238),
+        "annualized_return": net.mean() * 252,
+        "annualized_return_without_cost": report["return"].mean() * 252,
+        "sharpe_ratio": net.mean() / net.std(ddof=1) * np.sqrt(252),
         "max_drawdown": (net.cumsum() - net.cumsum().cummax()).min(),
-        "benchmark_annualized_return": report["bench"].mean() * 238,
+        "benchmark_annualized_return": report["bench"].mean() * 252,
         "cash_share": 1 - weights.sum(axis=1).mean(),
         "num_positions": (weights > 0).sum(axis=1).mean(),
         "largest_weight": weights.max(axis=1).mean(),

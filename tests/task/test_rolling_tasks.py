@@ -9,6 +9,7 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 
+from qtorch.core.dates import date_rows
 from qtorch.core.errors import ConfigError
 from qtorch.core.identity import canonical_json
 from qtorch.data.source.synthetic import SyntheticSource
@@ -303,3 +304,33 @@ def test_horizons_set_the_label_and_truncate_the_segments():
         assert row(spans["test"][0]) - row(spans["valid"][1]) >= horizon + 2
         assert f"-{horizon + 1}" in handler(each)["label"][0]
     assert row(segments(tasks[1])["test"][0]) - row(segments(tasks[1])["valid"][1]) == 12
+
+
+@pytest.mark.parametrize("freq", ["30min", "60min"])
+def test_windows_move_by_the_bars_of_the_data(tmp_path, freq):
+    """Half-hours of a session, and hours around the clock, whose midnight is a bar too."""
+    hours = (
+        [f"{10 + k / 2}h" for k in range(4)] if freq == "30min" else [f"{k}h" for k in range(24)]
+    )
+    days = pd.bdate_range("2024-01-02", periods=20)
+    bars = pd.DatetimeIndex([d + pd.Timedelta(h) for d in days for h in hours])
+    table = pd.DataFrame({"datetime": bars, "instrument": "A", "close": 1.0})
+    table.to_parquet(tmp_path / "bars.parquet")
+    source = {"_target_": "qtorch.data.TableSource", "path": str(tmp_path / "bars.parquet")}
+    days = [f"{d:%Y-%m-%d}" for d in days]
+    spans = {"train": [days[0], days[9]], "valid": [days[10], days[12]], "test": [days[13], None]}
+    label = ["Ref($close, -2)/Ref($close, -1) - 1"]
+    tasks = RollingGen(step=3, rtype="sliding")(
+        make_task(source=source, segments=spans, label=label)
+    )
+    rows = [{k: date_rows(bars, *s) for k, s in segments(t).items()} for t in tasks]
+    per_day = len(hours)
+    assert len(tasks) == -(-7 * per_day // 3)
+    for number, row in enumerate(rows):
+        shift = 3 * number
+        assert row["train"] == slice(shift, 10 * per_day + shift)
+        # The label looks two bars ahead, not two days.
+        assert row["valid"] == slice(10 * per_day + shift, 13 * per_day + shift - 1)
+        if number < len(tasks) - 1:
+            assert row["test"] == slice(13 * per_day + shift, 13 * per_day + shift + 3)
+    json.dumps(tasks)

@@ -205,7 +205,7 @@ class DatasetH(Dataset):
                 return value
         log.warning(
             "cannot tell how far the label looks ahead, so no samples are purged; pass "
-            "horizon=... (days) to the dataset."
+            "horizon=... (bars) to the dataset."
         )
         return 0
 

@@ -345,7 +345,7 @@ def count_purged_days(dataset: Any, segment: Any, horizon: int | None, *, strict
             return max(0, int(num_days))
     hint = (
         f"cannot tell how far the label of {type(dataset).__name__} looks ahead; set an attribute "
-        "`horizon` (days) on the dataset"
+        "`horizon` (bars) on the dataset"
     )
     if strict:
         raise ConfigError(f"purge=True: {hint}, or get_samples(..., horizon=...).")

@@ -14,6 +14,7 @@ from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression import expression_fields
+from qtorch.data.handler.handler import DataHandler
 from qtorch.data.source.base import Source
 from qtorch.data.source.frame import build_source, default_source
 
@@ -75,7 +76,8 @@ def validate_weights(weights: Any, index: pd.MultiIndex) -> Tensor:
 class TimeDecay(Reweighter):
     """Weight the newest day 1, and halve the weight with every `half_life` trading days of age.
 
-    Ages count the days of the samples themselves; no weight falls below `floor`.
+    Ages count the days of the samples themselves, also if a day has several bars; no weight falls
+    below `floor`.
     """
 
     def __init__(self, half_life: float = 250.0, floor: float = 0.0) -> None:
@@ -87,7 +89,8 @@ class TimeDecay(Reweighter):
         self.half_life, self.floor = half_life, floor
 
     def reweight(self, data: pd.DataFrame) -> pd.Series:
-        place = data.index.get_level_values("datetime").factorize(sort=True)[0]
+        dates = pd.DatetimeIndex(data.index.get_level_values("datetime"))
+        place = dates.normalize().factorize(sort=True)[0]
         weight = 0.5 ** ((place.max() - place) / self.half_life)
         return pd.Series(np.maximum(weight, self.floor), index=data.index)
 
@@ -96,8 +99,9 @@ class ExpressionWeight(Reweighter):
     """Weight by (value / its median on the day) ** `power` for an expression over bars.
 
     Weights are limited to the range 1 / `limit` .. `limit`. A sample without a value gets the
-    weight of the median, 1. The expression is evaluated on the sample's own day without
-    look-ahead; `source` is the source of the bars, by default the dataset's own.
+    weight of the median, 1. The expression is evaluated on the sample's own bar without
+    look-ahead; windows count bars of the dataset's frequency. `source` is the source of the bars,
+    by default the dataset's own.
     """
 
     def __init__(
@@ -108,17 +112,21 @@ class ExpressionWeight(Reweighter):
         expression_fields([expression])  # raise early for a faulty expression
         self.expression, self.power, self.limit, self.source = expression, power, limit, source
         self._source: Source | None = None if source is None else build_source(source)
+        self._freq: str | None = None
 
     def bind(self, dataset: Any) -> None:
-        """Use the dataset's source of bars if none was passed."""
+        """Use the dataset's frequency, and its source of bars if none was passed."""
+        handler = getattr(dataset, "handler", None)
         if self.source is None:
-            self._source = getattr(getattr(dataset, "handler", None), "source", None)
+            self._source = getattr(handler, "source", None)
+        if isinstance(handler, DataHandler):
+            self._freq = handler.frequency()
 
     def reweight(self, data: pd.DataFrame) -> pd.Series:
         source = self._source or default_source()
         dates = data.index.get_level_values("datetime")
         names = data.index.get_level_values("instrument").unique().tolist()
-        frame = source.features(names, [self.expression], dates.min(), dates.max())
+        frame = source.features(names, [self.expression], dates.min(), dates.max(), self._freq)
         value = frame.iloc[:, 0].swaplevel().reindex(data.index)
         if value.isna().all():
             raise DataError(f"{self.expression} has no value for any of {len(value)} samples.")
@@ -130,7 +138,7 @@ class ExpressionWeight(Reweighter):
 
 
 class VolatilityWeight(ExpressionWeight):
-    """Weight by the standard deviation of the last `window` daily returns.
+    """Weight by the standard deviation of the returns of the last `window` bars.
 
     With the default `power` of -1, calm instruments weigh more.
     """
@@ -143,7 +151,7 @@ class VolatilityWeight(ExpressionWeight):
 
 
 class LiquidityWeight(ExpressionWeight):
-    """Weight by the mean traded amount of the last `window` days, by default by its square root."""
+    """Weight by the mean traded amount of the last `window` bars, by default by its square root."""
 
     def __init__(
         self, window: int = 20, power: float = 0.5, limit: float = 10.0, source: Any = None

@@ -511,7 +511,7 @@ def log_samples(name: str, count: int, notes: Mapping[str, int], horizon: int) -
     log.info("%s: %s samples", name, f"{count:,}")
     if notes.get("purged"):
         log.info(
-            "%s: purged %s samples whose labels reach into the next segment (horizon %d days)",
+            "%s: purged %s samples whose labels reach into the next segment (horizon %d bars)",
             name,
             f"{notes['purged']:,}",
             horizon,
@@ -554,10 +554,17 @@ def check_segments(segments: Mapping[str, tuple[Any, Any]]) -> None:
     for (_, end, name), (start, _, next_name) in pairwise(spans):
         if start <= end:
             raise ConfigError(
-                f"segments {name!r} (to {end:%Y-%m-%d}) and {next_name!r} (from {start:%Y-%m-%d}) "
-                "overlap, so the model would be evaluated on samples that it was trained on. Both "
-                "ends of a segment are inclusive: end one on the day before the other starts."
+                f"segments {name!r} (to {_edge_text(end)}) and {next_name!r} (from "
+                f"{_edge_text(start)}) overlap, so the model would be evaluated on samples that it "
+                "was trained on. Both ends of a segment are inclusive: end one on the day (or the "
+                "bar) before the other starts."
             )
+
+
+def _edge_text(edge: pd.Timestamp) -> str:
+    """Format the edge of a segment, without the time if it is that of a whole day."""
+    is_whole_day = edge == edge.normalize() or edge == last_instant(edge.normalize())
+    return f"{edge:%Y-%m-%d}" if is_whole_day else f"{edge:%Y-%m-%d %H:%M:%S}"
 
 
 # -- storage -----------------------------------------------------------------------------------

@@ -93,18 +93,9 @@ def _mask_flat(values: Tensor, series: Series, window: int, min_count: int) -> T
 # -- regression on the row number ------------------------------------------------------------------
 
 
-def _row_codeviation(series: Series, window: int) -> Tensor:
-    """Compute the sum of the products of the deviations of values and row numbers.
-
-    Rows without a value still count in the row numbers of later rows.
-    """
-    total, position = series.sum("sum", window), series.sum("position", window)
-    return torch.addcmul(position, series.rows.mean_row(window), total, value=-1)
-
-
 def _slope(executor: Executor, step: Step) -> Tensor:
     series, window = executor.get_series(step), executor.get_window(step)
-    slope = _row_codeviation(series, window).mul_(series.rows.inverse_row_deviation(window))
+    slope = series.row_codeviation(window).mul_(series.rows.inverse_row_deviation(window))
     return executor.block.mask_outside_span(slope.to(step.dtype))
 
 
@@ -112,7 +103,7 @@ def _residual(executor: Executor, step: Step) -> Tensor:
     series, window = executor.get_series(step), executor.get_window(step)
     rows = series.rows
     distance = executor.block.rows - rows.mean_row(window)
-    estimate = _row_codeviation(series, window).mul_(rows.inverse_row_deviation(window) * distance)
+    estimate = series.row_codeviation(window).mul_(rows.inverse_row_deviation(window) * distance)
     estimate.addcmul_(series.sum("sum", window).to(torch.float64), rows.inverse_count(window))
     residual = torch.sub(series.values_or_zero, estimate, out=estimate)
     return executor.block.mask_outside_span(rows.mask_missing(residual.to(step.dtype)))
@@ -125,8 +116,8 @@ def _rsquare(executor: Executor, step: Step) -> Tensor:
         variance = series.variance_or_nan(window)
     else:  # Qlib has no threshold for all past rows, but a flat series still has no R squared
         variance = torch.threshold(series.variance(window), 0.0, torch.nan)
-    result = _row_codeviation(series, window).square_().div_(variance)
-    result.mul_(rows.inverse_row_deviation(window) * rows.inverse_dof(window))
+    result = series.row_codeviation(window).square_().div_(variance)
+    result.mul_(rows.inverse_row_deviation(window) * rows.inverse_dof(window)).clamp_(max=1)
     return executor.block.mask_outside_span(result.to(step.dtype))
 
 

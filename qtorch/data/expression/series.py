@@ -6,7 +6,7 @@ Operators on one series share its sums, and series with the same missing values 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, wraps
 from typing import Any, TypeAlias
@@ -257,7 +257,7 @@ class Rows(_WindowCache):
     ) -> None:
         super().__init__()
         self.block, self.num_leading_nans, self.is_dense = block, num_leading_nans, valid is None
-        self._windows, self._valid = windows, valid
+        self.windows, self._valid = windows, valid
 
     def matches(self, num_leading_nans: int, valid: Tensor | None) -> bool:
         """Whether the valid cells equal the given ones."""
@@ -314,7 +314,7 @@ class Rows(_WindowCache):
         return self._sparse_count(window).to(torch.float64)
 
     def _sparse_count(self, window: int) -> Tensor:
-        counts = self.compute_windows("valid", lambda: rolling_sums(self.valid, self._windows))
+        counts = self.compute_windows("valid", lambda: rolling_sums(self.valid, self.windows))
         return counts[window]
 
     @_cache_by_window
@@ -350,7 +350,7 @@ class Rows(_WindowCache):
     def _row_power_sum(self, power: int, window: int) -> Tensor:
         def compute() -> dict[int, Tensor]:
             base = self.valid.to(torch.float64) * self.block.rows**power
-            return rolling_sums(base, self._windows)
+            return rolling_sums(base, self.windows)
 
         return self.compute_windows(f"row{power}", compute)[window]
 
@@ -373,6 +373,12 @@ GetRows: TypeAlias = Callable[[Tensor], Rows]
 
 # A sum of squared deviations below this multiple of the sum of squares is a rounding error.
 _ROUNDING = 1e-15
+# A difference of two sums below this fraction of them has lost too many of its 16 digits, e.g. for
+# prices of 60000 that move by 0.01. Such windows get a second pass around their own mean.
+_MIN_DIFFERENCE = 1e-8
+_NARROW_MOVES = 4  # consecutive small moves that mark the end of a narrow window
+_MANY_CELLS = 0.02  # fraction of cells above which all cells are checked at once
+_SECOND_PASS_SIZE = 2**20  # values that the second pass gathers at once
 
 
 class Series(_WindowCache):
@@ -388,6 +394,7 @@ class Series(_WindowCache):
         self.block, self.values = block, values
         self._get_windows, self._get_rows = get_windows, get_rows
         self.quantiles: dict[tuple[int, float], Tensor] | None = None
+        self._row_codeviations: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def windows(self, *families: str) -> tuple[int, ...]:
         """Return all windows that the plan needs for the families, ascending."""
@@ -442,15 +449,118 @@ class Series(_WindowCache):
     @_cache_by_window
     def variance(self, window: int) -> Tensor:
         """Return the variance (n - 1) in float64: NaN for under two values, 0 on flat windows."""
-        total = self.sum("sum", window).to(torch.float64)
+        total, squares = self.sum("sum", window).to(torch.float64), self.sum("square", window)
         mean_part = (total * total).mul_(self.rows.inverse_count(window))
-        deviation = torch.sub(self.sum("square", window), mean_part, out=mean_part)
-        return deviation.clamp_(min=0).mul_(self.rows.inverse_dof(window))
+        deviation = torch.sub(squares, mean_part, out=mean_part).clamp_(min=0)
+        for cells in find_cancelled_cells(deviation, squares, window, self):
+            deviation.view(-1)[cells] = self.gather_deviations(cells, window).square_().sum(1)
+        return deviation.mul_(self.rows.inverse_dof(window))
 
     @_cache_by_window
     def variance_or_nan(self, window: int) -> Tensor:
         """Return the variance, or NaN for deviations up to 2e-5, as in Qlib's Corr and Rsquare."""
         return torch.threshold(self.variance(window), 4e-10, torch.nan)
+
+    def row_codeviation(self, window: int) -> Tensor:
+        """Return the sum of the products of the deviations of values and row numbers, float64.
+
+        Rows without a value still count in the row numbers of later rows. The tensor is new at each
+        call, so that the caller may work in place; only the second pass is kept.
+        """
+        total, position = self.sum("sum", window), self.sum("position", window)
+        codeviation = torch.addcmul(position, self.rows.mean_row(window), total, value=-1)
+        if window not in self._row_codeviations:
+            self._row_codeviations[window] = [
+                (cells, self.gather_deviations(cells, window) @ self.block.rows[:window, 0])
+                for cells in find_cancelled_cells(codeviation, position, window, self)
+            ]
+        for cells, values in self._row_codeviations[window]:
+            codeviation.view(-1)[cells] = values
+        return codeviation
+
+    # -- second pass -----------------------------------------------------------------------------
+
+    @cached_property
+    def narrow_cells(self) -> Tensor:
+        """Flat indices `[K]` of the rows after a few small moves, where a window may be narrow.
+
+        A window whose squared deviations add up to 1e-8 of its squares has no move above 1.5e-4 *
+        sqrt(window) of its values. Sums with row numbers lose more digits on long calendars.
+        """
+        windows = self.rows.windows
+        values, num_rows = self.values_or_zero, self.block.num_rows
+        limit = 1.5 * (_MIN_DIFFERENCE * windows[-1]) ** 0.5
+        limit *= max(1.0, 3.5e-4 * num_rows / windows[0])
+        is_small = torch.ones(values.shape, dtype=torch.bool, device=values.device)
+        torch.le((values[1:] - values[:-1]).abs_(), values[1:].abs().mul_(limit), out=is_small[1:])
+        if not self.rows.is_dense:
+            is_missing = self.rows.valid == 0
+            is_small |= is_missing
+            is_small[1:] |= is_missing[:-1]
+        elif self.rows.num_leading_nans < num_rows:
+            is_small[self.rows.num_leading_nans] = True
+        length, num_moves = 1, max(1, min(_NARROW_MOVES, windows[0] - 1))
+        while length < num_moves:
+            shift = min(length, num_moves - length)
+            is_small[shift:] &= is_small[:-shift].clone()
+            length += shift
+        if not self.block.is_full:
+            is_small &= self.block.is_stored
+        return is_small.view(-1).nonzero()[:, 0]
+
+    @cached_property
+    def last_change(self) -> Tensor:
+        """The last row up to each row where the value differs from that of the row before."""
+        values = self.values_or_zero
+        rows = self.block.rows.to(torch.int64)
+        change = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
+        change[1:] = torch.where(values[1:] != values[:-1], rows[1:], 0)
+        return change.cummax(0).values
+
+    def gather_deviations(self, cells: Tensor, window: int) -> Tensor:
+        """Return the deviations `[K, window]` of the windows' values from their mean.
+
+        Oldest first, in float64; 0 for rows without a value.
+        """
+        rows = cells[:, None] // self.block.num_columns - torch.arange(
+            window - 1, -1, -1, device=cells.device
+        )
+        columns = (cells % self.block.num_columns)[:, None]
+        stored_rows = rows.clamp(min=0)
+        valid = self.rows.valid[stored_rows, columns].to(torch.float64) * (rows >= 0)
+        values = self.values_or_zero[stored_rows, columns].to(torch.float64)
+        # From the first value on, so that the deviations of a flat window are exactly 0.
+        values -= values.gather(1, valid.argmax(1, keepdim=True))
+        mean = (values * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True)
+        return (values - mean).mul_(valid)
+
+
+def find_cancelled_cells(
+    difference: Tensor, total: Tensor, window: int, *series: Series
+) -> Iterator[Tensor]:
+    """Yield flat indices `[K]` of windows whose `difference` of two sums has lost its digits.
+
+    `total [D, n]` is one of the sums over the windows of `series`. Where they are many, windows in
+    which one of the series is flat are left out: their difference is zero up to rounding.
+    """
+    candidates = torch.cat([each.narrow_cells for each in series])
+    if len(candidates) <= _MANY_CELLS * difference.numel():
+        if not len(candidates):
+            return
+        parts = (values.reshape(-1)[candidates] for values in (difference, total))
+        cells = candidates[_is_cancelled(*parts)]
+    else:
+        is_cancelled = _is_cancelled(difference, total)
+        for each in series:
+            is_cancelled &= each.last_change > each.block.rows - (window - 1)
+        cells = is_cancelled.view(-1).nonzero()[:, 0]
+    size = max(1, _SECOND_PASS_SIZE // window)
+    for start in range(0, len(cells), size):
+        yield cells[start : start + size]
+
+
+def _is_cancelled(difference: Tensor, total: Tensor) -> Tensor:
+    return difference.abs().mul_(1 / _MIN_DIFFERENCE) < total.abs()
 
 
 class Pair:
@@ -474,6 +584,13 @@ class Pair:
         if self._products is None:
             base = self.left.values_or_zero.to(torch.float64) * self.right.values_or_zero
             self._products = rolling_sums(base, self._windows)
+        products = self._products[window]
         means = self.left.sum("sum", window).to(torch.float64) * self.right.sum("sum", window)
         means.mul_(self.left.rows.inverse_count(window))
-        return torch.sub(self._products[window], means, out=means)
+        codeviation = torch.sub(products, means, out=means)
+        sides = (self.left, self.right)
+        for cells in find_cancelled_cells(codeviation, products, window, *sides):
+            deviations = self.left.gather_deviations(cells, window)
+            deviations *= self.right.gather_deviations(cells, window)
+            codeviation.view(-1)[cells] = deviations.sum(1)
+        return codeviation

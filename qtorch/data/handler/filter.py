@@ -15,6 +15,7 @@ from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression import evaluate
+from qtorch.data.expression.requirement import mask_instruments
 from qtorch.data.panel.panel import Panel
 
 MODULE = "qtorch.data"
@@ -32,18 +33,24 @@ class DynamicFilter(Configured, ABC):
     fend_time: Any = None
 
     @abstractmethod
-    def passes(self, bars: Panel) -> Tensor:
+    def passes(self, bars: Panel, mask_bars: Panel | None = None) -> Tensor:
         """Return `[D, N]` bool: the days on which an instrument passes the rule."""
 
     def expressions(self) -> tuple[str, ...]:
         """Return the rule's expressions, so that their fields and history are loaded."""
         return ()
 
-    def members(self, bars: Panel) -> Tensor:
-        """Return the panel's membership `[D, N]` after this rule."""
+    def members(self, bars: Panel, mask_bars: Panel | None = None) -> Tensor:
+        """Return the panel's membership `[D, N]` after this rule.
+
+        `mask_bars` are the bars of further instruments that expressions may name, also outside the
+        universe. `passes` receives them only if the rule's own expressions name an instrument.
+        """
         span = bars.rows(self.fstart_time, self.fend_time)
         mask = bars.mask.clone()
-        mask[span] &= self.passes(bars)[span]
+        names_instruments = mask_bars is not None and mask_instruments(self.expressions())
+        arguments = {"mask_bars": mask_bars} if names_instruments else {}
+        mask[span] &= self.passes(bars, **arguments)[span]
         return mask
 
 
@@ -61,7 +68,7 @@ class NameDFilter(DynamicFilter):
         self.fstart_time = fstart_time
         self.fend_time = fend_time
 
-    def passes(self, bars: Panel) -> Tensor:
+    def passes(self, bars: Panel, mask_bars: Panel | None = None) -> Tensor:
         is_match = [re.match(self.name_rule_re, name) is not None for name in bars.instruments]
         return torch.tensor(is_match, device=bars.device).expand(bars.mask.shape)
 
@@ -69,8 +76,9 @@ class NameDFilter(DynamicFilter):
 class ExpressionDFilter(DynamicFilter):
     """Keep days on which an expression is true (not zero), e.g. `"$close > 5"`.
 
-    A missing value is false (Qlib treats it as true). With `keep`, an instrument without a stored
-    day between the dates stays a member there; it has no rows there in either case.
+    The rule may look at other instruments (`Mask`, `ChangeInstrument`), also at those outside the
+    universe. A missing value is false (Qlib treats it as true). With `keep`, an instrument without
+    a stored day between the dates stays a member there; it has no rows there in either case.
     """
 
     def __init__(
@@ -88,8 +96,8 @@ class ExpressionDFilter(DynamicFilter):
     def expressions(self) -> tuple[str, ...]:
         return (self.rule_expression,)
 
-    def passes(self, bars: Panel) -> Tensor:
-        value = evaluate([self.rule_expression], bars).values[:, :, 0]
+    def passes(self, bars: Panel, mask_bars: Panel | None = None) -> Tensor:
+        value = evaluate([self.rule_expression], bars, mask_bars=mask_bars).values[:, :, 0]
         return (value != 0) & ~value.isnan()
 
 

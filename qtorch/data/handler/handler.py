@@ -182,6 +182,13 @@ class DataHandler(Configured, Serializable):
         """Return how many calendar rows the label looks ahead; None if the loader does not know."""
         return self.data_loader.horizon(group)
 
+    def frequency(self) -> str | None:
+        """Return the frequency of the bars, such as "day" or "30min".
+
+        None if the data is not read from a source of bars (a user's frame).
+        """
+        return self.data_loader.frequency(self.source)
+
     # -- frames --------------------------------------------------------------------------------
 
     def fetch(

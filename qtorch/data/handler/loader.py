@@ -89,6 +89,10 @@ class DataLoader(Configured, ABC):
         """Return how many calendar rows a group's values look ahead; None if unknown."""
         return None
 
+    def frequency(self, source: Source | None = None) -> str | None:
+        """Return the frequency of the bars that are loaded, such as "30min"; None if unknown."""
+        return None
+
     def needs_source(self) -> bool:
         """Whether the loader reads a source of bars and has none of its own."""
         return False
@@ -110,7 +114,8 @@ class QlibDataLoader(DataLoader):
     universe; they also act on lists of instruments (Qlib's do not). `inst_processors`:
     TimeRangeFlt, or callables `(frame, instrument=...) -> frame` that process one instrument and
     may drop dates and change values; one list for all groups. `source`: a Source, its
-    configuration, or a folder of Qlib's files; None uses the handler's source.
+    configuration, or a folder of Qlib's files; None uses the handler's source. `freq` is the
+    frequency of the bars ("day", "30min"); None is that of the source.
 
     `swap_level` exists for compatibility with Qlib and must stay True. All groups have the same
     frequency. Point-in-time fields (`$$...`, `P(...)`) are not supported.
@@ -121,7 +126,7 @@ class QlibDataLoader(DataLoader):
         config: Mapping[str, Any] | Sequence[Any],
         filter_pipe: Sequence[Any] | None = None,
         swap_level: bool = True,
-        freq: str | Mapping[str, str] = "day",
+        freq: str | Mapping[str, str] | None = None,
         inst_processors: Sequence[Any] | Mapping[str, Any] | None = None,
         *,
         source: Any = None,
@@ -152,6 +157,9 @@ class QlibDataLoader(DataLoader):
         if group not in self._fields:
             return None
         return max_reach(self._fields[group].values())[1]
+
+    def frequency(self, source: Source | None = None) -> str:
+        return self._resolve_source(source).resolve_frequency(self.freq)
 
     def needs_source(self) -> bool:
         return self._own_source is None
@@ -195,7 +203,7 @@ class QlibDataLoader(DataLoader):
                 universe=universe,
                 start_time=start_time,
                 end_time=end_time,
-                freq=self.freq,
+                freq=source.resolve_frequency(self.freq),
                 fields=fields,
                 filters=filters,
             )
@@ -238,7 +246,7 @@ class QlibDataLoader(DataLoader):
             after=after,
         )
         for dynamic_filter in filters:
-            bars = bars.replace(mask=dynamic_filter.members(bars))
+            bars = bars.replace(mask=dynamic_filter.members(bars, mask_bars))
         span = bars.rows(start_time, end_time)
         is_cross_section = is_cross_sectional(expressions)
         members = _find_members(bars, span) if filters or is_cross_section else bars.instruments
@@ -397,6 +405,9 @@ class NestedDataLoader(DataLoader):
         horizons = [h for h in (loader.horizon(group) for loader in self._loaders) if h is not None]
         return max(horizons) if horizons else None
 
+    def frequency(self, source: Source | None = None) -> str | None:
+        return next(filter(None, (loader.frequency(source) for loader in self._loaders)), None)
+
     def needs_source(self) -> bool:
         return any(loader.needs_source() for loader in self._loaders)
 
@@ -503,8 +514,8 @@ def select_fields(
     return {g: f for g, f in selection.items() if f}
 
 
-def _single_frequency(freq: str | Mapping[str, str]) -> str:
-    if isinstance(freq, str):
+def _single_frequency(freq: str | Mapping[str, str] | None) -> str | None:
+    if freq is None or isinstance(freq, str):
         return freq
     frequencies = set(freq.values())
     if len(frequencies) == 1:

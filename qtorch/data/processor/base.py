@@ -31,6 +31,7 @@ OLD_NAMES = {
     "load_fitted": "load_fitted_state",
 }
 _UNCHANGED: Any = object()
+LABEL = "label"  # the group of labels
 
 
 @trust_subclasses

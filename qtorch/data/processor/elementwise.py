@@ -7,8 +7,8 @@ from torch import Tensor
 
 from qtorch.data.panel.columns import Columns, column_parts
 from qtorch.data.panel.elementwise import Affine, FillNaN, Tanh
-from qtorch.data.panel.view import View
-from qtorch.data.processor.base import FieldsGroup, Processor
+from qtorch.data.panel.view import FLAT, View
+from qtorch.data.processor.base import LABEL, FieldsGroup, Processor
 from qtorch.data.processor.cross_section import day_finite_mean
 
 
@@ -29,17 +29,32 @@ class Fillna(Processor):
 
 
 class TanhProcess(Processor):
-    """Computes `tanh(x - 1)` of every column whose name does not contain "LABEL"."""
+    """Computes `tanh(x - 1)` of the columns that `fields_group` selects.
+
+    None selects all groups but `label`; in data without groups, all columns whose name does not
+    contain "LABEL". Difference from Qlib: labels are told by their group, so that a label of any
+    name keeps its values, and a feature may have "LABEL" in its name.
+    """
 
     columnwise = True
 
+    def __init__(self, fields_group: FieldsGroup = None) -> None:
+        self.fields_group = fields_group
+
     def __call__(self, view: View) -> View:
-        for group, columns in view.groups.items():
-            names = [n for n in columns.names if "LABEL" not in n]
+        for group, names in self.select_columns(view).items():
             if names:
-                shifted_columns = columns.with_elementwise(names, Affine(1.0))
+                shifted_columns = view.group(group).with_elementwise(names, Affine(1.0))
                 view = view.with_group(group, shifted_columns.with_elementwise(names, Tanh()))
         return view
+
+    def select_columns(self, view: View) -> dict[str, tuple[str, ...]]:
+        selection = super().select_columns(view)
+        if self.fields_group is not None:
+            return selection
+        if view.is_flat:
+            return {FLAT: tuple(n for n in selection[FLAT] if "LABEL" not in n)}
+        return {group: names for group, names in selection.items() if group != LABEL}
 
 
 class ProcessInf(Processor):

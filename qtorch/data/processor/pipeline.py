@@ -17,14 +17,13 @@ from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.data.panel.infinite import describe_infinities
 from qtorch.data.panel.panel import coverage_dates
 from qtorch.data.panel.view import FLAT, View
-from qtorch.data.processor.base import Names, Processor, select_dates
+from qtorch.data.processor.base import LABEL, Names, Processor, select_dates
 from qtorch.data.processor.pandas_processor import PandasProcessor
 from qtorch.process.heartbeat import beat
 
 log = logging.getLogger(__name__)
 
 MODULE = "qtorch.data.processor"
-LABEL = "label"
 
 
 class DateSpan(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.configured import Configured
-from qtorch.core.dates import date_rows, parse_span_date
+from qtorch.core.dates import date_rows, frequency, parse_span_date
 from qtorch.core.errors import DataError, unknown_name_message
 from qtorch.core.tables import text_names
 from qtorch.core.trust import trust_subclasses
@@ -34,8 +33,6 @@ Membership: TypeAlias = dict[str, Spans]
 Instruments: TypeAlias = str | Sequence[str] | Mapping[str, Spans]
 
 logger = logging.getLogger(__name__)
-
-_UNIT_NAMES = {"d": "day", "day": "day", "daily": "day", "w": "week", "week": "week"}
 
 
 class Bars(NamedTuple):
@@ -59,8 +56,12 @@ class Source(Configured, ABC):
     `read_membership`, `read_bars`, `fields`, `universes` and `fingerprint`. Field names are
     written without Qlib's `$`. The argument `instruments` is always the name of a universe, a
     list of instruments (each a member on all days), or a mapping of instruments to membership
-    spans. Dates are inclusive at both ends.
+    spans. Dates are inclusive at both ends. `freq=None` means the source's own frequency
+    (`resolve_frequency`); a source of other than daily bars overrides `frequencies`.
     """
+
+    #: The frequency that is read if none is requested; None: see `resolve_frequency`.
+    freq: str | None = None
 
     # -- methods to implement --------------------------------------------------------------------
 
@@ -79,7 +80,7 @@ class Source(Configured, ABC):
         """Return the bars of the calendar rows `rows`; raise DataError for an unknown field."""
 
     @abstractmethod
-    def fields(self, freq: str = "day") -> tuple[str, ...]:
+    def fields(self, freq: str | None = None) -> tuple[str, ...]:
         """Return the names of the fields stored for a frequency, without `$`."""
 
     @abstractmethod
@@ -91,6 +92,31 @@ class Source(Configured, ABC):
         """Return a hash of the data itself, not of its path: equal data has an equal hash."""
 
     # -- methods that every source inherits ------------------------------------------------------
+
+    def frequencies(self) -> tuple[str, ...]:
+        """Return the frequencies of the stored bars, as `frequency` spells them."""
+        return ("day" if self.freq is None else frequency(self.freq),)
+
+    def resolve_frequency(self, freq: str | None = None) -> str:
+        """Return `freq` in Qlib's spelling.
+
+        None means the source's `freq`, else daily bars if it has them, else its only frequency.
+        Raises DataError if it has several, none of them daily.
+        """
+        freq = self.freq if freq is None else freq
+        if freq is not None:
+            return frequency(freq)
+        stored = self.frequencies()
+        if "day" in stored:
+            return "day"
+        if len(stored) == 1:
+            return stored[0]
+        raise DataError(
+            f"the data has bars of several frequencies ({', '.join(stored)}) and none of them is "
+            f"daily; choose one, e.g. freq={stored[0]!r}."
+            if stored
+            else "the data has no bars."
+        )
 
     def instrument_names(self) -> frozenset[str]:
         """Return all instruments of the source, which are those that a list may contain."""
@@ -111,10 +137,10 @@ class Source(Configured, ABC):
         return memberships
 
     def calendar(
-        self, start_time: Any = None, end_time: Any = None, freq: str = "day"
+        self, start_time: Any = None, end_time: Any = None, freq: str | None = None
     ) -> pd.DatetimeIndex:
         """Return the trading days (or timestamps) of a date span; `D.calendar` in Qlib."""
-        calendar = self.read_calendar(frequency(freq))
+        calendar = self.read_calendar(self.resolve_frequency(freq))
         return calendar[date_rows(calendar, start_time, end_time)]
 
     def instruments(self, universe: str = "all") -> Membership:
@@ -128,7 +154,7 @@ class Source(Configured, ABC):
         instruments: Instruments = "all",
         start_time: Any = None,
         end_time: Any = None,
-        freq: str = "day",
+        freq: str | None = None,
         before: int | None = 0,
         after: int | None = 0,
         members_before: bool = False,
@@ -147,7 +173,7 @@ class Source(Configured, ABC):
         nothing. Infinite values raise DataError while a handler without a processor for them
         loads the bars, and otherwise cause a warning.
         """
-        freq = frequency(freq)
+        freq = self.resolve_frequency(freq)
         calendar = self.read_calendar(freq)
         rows = _select_rows(calendar, start_time, end_time)
         first = 0 if before is None else max(0, rows.start - before)
@@ -179,7 +205,7 @@ class Source(Configured, ABC):
         fields: Sequence[str],
         start_time: Any = None,
         end_time: Any = None,
-        freq: str = "day",
+        freq: str | None = None,
     ) -> pd.DataFrame:
         """Evaluate expressions and return a DataFrame; `D.features` in Qlib.
 
@@ -195,7 +221,7 @@ class Source(Configured, ABC):
         fields: Sequence[str],
         start_time: Any = None,
         end_time: Any = None,
-        freq: str = "day",
+        freq: str | None = None,
     ) -> Panel:
         """Return the result of `features` as a Panel of the requested dates."""
         if isinstance(fields, str) or not len(fields):
@@ -234,7 +260,9 @@ class Source(Configured, ABC):
                 load_arguments["members_before"] = True
             bars = self.load(instruments=instruments, **load_arguments)
         except DataError:
-            check_fields(expressions, self.fields(load_arguments["freq"]))
+            check_fields(
+                expressions, self.fields(self.resolve_frequency(load_arguments.get("freq")))
+            )
             raise
         mask_names = {name.lower() for name in mask_instruments(expressions)}
         if not mask_names:
@@ -298,18 +326,6 @@ class Source(Configured, ABC):
             ]
             for name, spans in instruments.items()
         }
-
-
-def frequency(freq: str) -> str:
-    """Return a frequency as it is spelled in Qlib's file names: `day`, `1min`, `5min`, ..."""
-    match = re.fullmatch(r"(\d*)\s*([a-z]+)", str(freq).strip().lower())
-    if match is None:
-        raise DataError(f"{freq!r} is not a frequency; expected e.g. 'day', '1min', '30min'.")
-    count, unit = match.group(1), match.group(2)
-    if unit in ("min", "minute"):
-        return f"{int(count or 1)}min"
-    unit = _UNIT_NAMES.get(unit, unit)
-    return unit if count in ("", "1") else f"{count}{unit}"
 
 
 def drop_nonmembers(panel: Panel) -> Panel:

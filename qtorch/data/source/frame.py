@@ -12,7 +12,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from qtorch.core.dates import parse_span_date
+from qtorch.core.dates import (
+    detect_frequency,
+    frequency,
+    is_frequency,
+    is_intraday,
+    parse_span_date,
+)
 from qtorch.core.errors import ConfigError, DataError, join_names, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.session import session
@@ -20,8 +26,8 @@ from qtorch.core.tables import as_pandas, is_frame
 from qtorch.data.panel.column_names import describe_names, name_fields
 from qtorch.data.panel.frames import ReadOptions, index_frame
 from qtorch.data.panel.panel import Panel
-from qtorch.data.source.base import Bars, Membership, Source, frequency
-from qtorch.data.source.qlib import QlibSource
+from qtorch.data.source.base import Bars, Membership, Source
+from qtorch.data.source.qlib import ANY_FREQUENCY, QlibSource
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +43,11 @@ class PanelSource(Source):
     """Base class of sources that have one frequency and whose bars fit in memory.
 
     A subclass implements `panel()`, which should cache its result (it is read only), and
-    overrides `memberships()` if it has universes other than `all`. `freq` is its frequency.
+    overrides `memberships()` if it has universes other than `all`. `freq` is its frequency; None
+    is detected from the times of the bars.
     """
 
-    freq: str = "day"
+    _detected_freq: str | None = None
 
     @abstractmethod
     def panel(self) -> Panel:
@@ -50,12 +57,19 @@ class PanelSource(Source):
         """Return the universes; `all` has each instrument from its first to its last stored day."""
         return {"all": span_membership(self.panel())}
 
+    def frequencies(self) -> tuple[str, ...]:
+        if self.freq is not None:
+            return (frequency(self.freq),)
+        if self._detected_freq is None:
+            self._detected_freq = detect_frequency(self.panel().calendar)
+        return (self._detected_freq,)
+
     def read_calendar(self, freq: str) -> pd.DatetimeIndex:
         self._check_frequency(freq)
-        return self.panel().calendar
+        return _check_bars(freq, self.panel().calendar)
 
-    def fields(self, freq: str = "day") -> tuple[str, ...]:
-        self._check_frequency(freq)
+    def fields(self, freq: str | None = None) -> tuple[str, ...]:
+        self._check_frequency(self.resolve_frequency(freq))
         return self.panel().fields
 
     def universes(self) -> tuple[str, ...]:
@@ -91,8 +105,18 @@ class PanelSource(Source):
         return digest.hexdigest()[:32]
 
     def _check_frequency(self, freq: str) -> None:
-        if frequency(freq) != frequency(self.freq):
-            raise DataError(unknown_name_message("frequency", freq, [self.freq]))
+        if frequency(freq) not in self.frequencies():
+            raise DataError(unknown_name_message("frequency", freq, self.frequencies()))
+
+
+def _check_bars(freq: str, calendar: pd.DatetimeIndex) -> pd.DatetimeIndex:
+    """Return the calendar; raise DataError if its bars within a day are called daily or longer."""
+    if frequency(freq).endswith("min") or not is_intraday(calendar):
+        return calendar
+    raise DataError(
+        f"freq={freq!r}, but several bars have the same date: they look like "
+        f"{detect_frequency(calendar)!r}. Pass that frequency, or leave out freq to detect it."
+    )
 
 
 class FrameSource(PanelSource):
@@ -105,7 +129,8 @@ class FrameSource(PanelSource):
     list of instruments or to `{instrument: [(start, end), ...]}`. The universe `all` always
     exists and has each instrument from its first to its last row. A date between the two without
     a row for the instrument is a suspended day: its values are NaN. If a Panel's mask is narrower
-    than `all`, it becomes the universe `members`.
+    than `all`, it becomes the universe `members`. `freq` is the frequency of the bars, such as
+    "30min"; None detects it.
 
     Raises DataError for a frame that `Panel.from_frame` rejects, and for what is no frame.
     """
@@ -115,11 +140,10 @@ class FrameSource(PanelSource):
         frame: pd.DataFrame | Panel | Any,
         *,
         universes: Universes | None = None,
-        freq: str = "day",
+        freq: str | None = None,
         date_format: str | None = None,
         timezone: str | None = None,
     ) -> None:
-        self.freq = frequency(freq)
         options = ReadOptions(date_format, timezone)
         panel = frame if isinstance(frame, Panel) else read_bar_frame(frame, options)
         self._panel = sort_panel(panel)
@@ -129,6 +153,9 @@ class FrameSource(PanelSource):
             if members != self._memberships["all"]:
                 self._memberships["members"] = members
         self._memberships |= Memberships(universes or {}, self._panel)
+        self.freq = None if freq is None else frequency(freq)
+        self.freq = self.frequencies()[0]
+        _check_bars(self.freq, self._panel.calendar)
 
     def panel(self) -> Panel:
         return self._panel
@@ -266,14 +293,22 @@ class Memberships(Mapping[str, Membership]):
 
 
 def build_source(config: Any) -> Source:
-    """Build a source from a Source, a configuration, a folder of Qlib files, a frame or a Panel."""
+    """Build a source from a Source, a configuration, a frame, a Panel, or Qlib's folders.
+
+    The latter are one folder, or `{frequency: folder}`.
+    """
     config = resolve_config(config)
-    if isinstance(config, Mapping):
+    if isinstance(config, Mapping) and not _is_folder_by_frequency(config):
         source = init_instance_by_config(config, "qtorch.data.source", accept_types=Source)
         return as_source(source)
-    if isinstance(config, str) or hasattr(config, "__fspath__"):
+    if isinstance(config, str | Mapping) or hasattr(config, "__fspath__"):
         return QlibSource(config)
     return as_source(config)
+
+
+def _is_folder_by_frequency(config: Mapping[str, Any]) -> bool:
+    """Whether a mapping is Qlib's `{frequency: folder}` and not a configuration."""
+    return bool(config) and all(key == ANY_FREQUENCY or is_frequency(key) for key in config)
 
 
 def default_source() -> Source:

@@ -13,14 +13,16 @@ import pandas as pd
 import torch
 
 from qtorch.core.content_digest import file_digest
-from qtorch.core.dates import parse_span_dates
+from qtorch.core.dates import frequency, parse_span_dates
 from qtorch.core.errors import ConfigError, DataError, format_count, unknown_name_message
-from qtorch.core.session import session
+from qtorch.core.session import map_paths, session
 from qtorch.core.tables import read_text
 from qtorch.data.panel.panel import normalise_calendar
 from qtorch.data.source.base import Bars, Membership, Source
 
 logger = logging.getLogger(__name__)
+
+ANY_FREQUENCY = "__DEFAULT_FREQ"  # Qlib's key of a folder that may have bars of any frequency
 
 # Names that Windows reserves for devices; Qlib adds a prefix to such folder names.
 RESERVED = frozenset(
@@ -40,7 +42,10 @@ class QlibSource(Source):
     The stored span of an instrument is from the first to the last row of the loaded fields. An
     instrument of a universe that has no folder is skipped with a warning, as in Qlib.
 
-    `provider_uri` is the folder; None uses that of `qtorch.init`. With `strict`, a field that
+    `provider_uri` is the folder, or `{frequency: folder}` such as `{"day": ..., "1min": ...}` (the
+    universes are those of the first folder, or of that of daily bars); None uses that of
+    `qtorch.init`. `freq` is the frequency that is read if none is requested; None means daily bars
+    if there are any, else the only frequency. With `strict`, a field that
     ends before another field of the same instrument (loaded or not) is an error, because it
     indicates a truncated file: a dump writes all fields of an instrument over the same span.
     With False the file is read as it is, with a warning.
@@ -50,16 +55,24 @@ class QlibSource(Source):
     instrument may be called NA.
     """
 
-    def __init__(self, provider_uri: str | Path | None = None, *, strict: bool = True) -> None:
+    def __init__(
+        self,
+        provider_uri: str | Path | Mapping[str, str | Path] | None = None,
+        *,
+        strict: bool = True,
+        freq: str | None = None,
+    ) -> None:
         folder = provider_uri if provider_uri is not None else session().provider_uri
-        if folder is None:
+        if not folder:
             raise ConfigError(
                 "QlibSource needs a folder: QlibSource(provider_uri='~/.qlib/qlib_data/us_data'), "
                 "or qtorch.init(provider_uri=...)."
             )
-        self.provider_uri = str(folder)
+        self.provider_uri = map_paths(str, folder)
         self.strict = strict
-        self._folder = Path(folder).expanduser()
+        self.freq = None if freq is None else frequency(freq)
+        self._folders = _folders_by_frequency(self.provider_uri)
+        self._folder = self._folders.get("day", next(iter(self._folders.values())))
         # By path and the digest of the file, so that a changed file is read again.
         self._calendars: dict[tuple[Path, bytes], pd.DatetimeIndex] = {}
         self._memberships: dict[tuple[Path, bytes], Membership] = {}
@@ -68,29 +81,45 @@ class QlibSource(Source):
         self._check_folders()
 
     def _check_folders(self) -> None:
-        if not self._folder.is_dir():
-            raise DataError(
-                f"no data folder {self._folder}; expected Qlib's layout (calendars, instruments, "
-                "features). Check provider_uri, or write a folder with qtorch.data.write_qlib."
-            )
-        for name in ("calendars", "instruments", "features"):
-            if not (self._folder / name).is_dir():
+        for folder in self._folders.values():
+            if not folder.is_dir():
                 raise DataError(
-                    f"{self._folder} has no folder {name!r}, so it is not a Qlib data folder; "
-                    "provider_uri must be the folder with calendars, instruments and features."
+                    f"no data folder {folder}; expected Qlib's layout (calendars, instruments, "
+                    "features). Check provider_uri, or write a folder with qtorch.data.write_qlib."
                 )
+            for name in ("calendars", "instruments", "features"):
+                if not (folder / name).is_dir():
+                    raise DataError(
+                        f"{folder} has no folder {name!r}, so it is not a Qlib data folder; "
+                        "provider_uri must be the folder with calendars, instruments and features."
+                    )
+
+    def _frequency_folder(self, freq: str) -> Path:
+        """Return the folder with the bars of a frequency."""
+        if freq in self._folders or ANY_FREQUENCY in self._folders:
+            return self._folders.get(freq) or self._folders[ANY_FREQUENCY]
+        base_freq = freq.removesuffix("_future")
+        if base_freq in self._folders:
+            return self._folders[base_freq]
+        raise DataError(unknown_name_message("frequency", freq, self._folders))
+
+    def frequencies(self) -> tuple[str, ...]:
+        """Return the frequencies with a calendar."""
+        stored = {
+            freq
+            for name, folder in self._folders.items()
+            for freq in ([name] if name != ANY_FREQUENCY else _find_frequencies(folder))
+        }
+        return tuple(sorted(stored))
 
     # -- calendars and universes -----------------------------------------------------------------
 
     def read_calendar(self, freq: str) -> pd.DatetimeIndex:
-        path = self._folder / "calendars" / f"{freq}.txt"
+        folder = self._frequency_folder(freq)
+        path = folder / "calendars" / f"{freq}.txt"
         if not path.is_file():
-            frequencies = [
-                p.stem for p in path.parent.glob("*.txt") if not p.stem.endswith("future")
-            ]
-            raise DataError(
-                f"{path.parent}: {unknown_name_message('frequency', freq, frequencies)}"
-            )
+            message = unknown_name_message("frequency", freq, _find_frequencies(folder))
+            raise DataError(f"{path.parent}: {message}")
         key = path, file_digest(path)
         if key not in self._calendars:
             lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
@@ -116,17 +145,19 @@ class QlibSource(Source):
 
     # -- features --------------------------------------------------------------------------------
 
-    def fields(self, freq: str = "day") -> tuple[str, ...]:
+    def fields(self, freq: str | None = None) -> tuple[str, ...]:
+        freq = self.resolve_frequency(freq)
         suffix = f".{freq}.bin"
         names: set[str] = set()
-        for folder in os.scandir(self._folder / "features"):
+        for folder in os.scandir(self._frequency_folder(freq) / "features"):
             if folder.is_dir():
                 files = (n for n in os.listdir(folder) if n.endswith(suffix))
                 names.update(n[: -len(suffix)] for n in files)
         return tuple(sorted(names))
 
     def _drop_missing_instruments(self, names: list[str], freq: str) -> list[str]:
-        folders = {p.name for p in (self._folder / "features").iterdir()}
+        features = self._frequency_folder(freq) / "features"
+        folders = {p.name for p in features.iterdir()}
         present_names = [n for n in names if folder_name(n) in folders]
         missing = sorted(set(names) - set(present_names))
         if missing:
@@ -134,19 +165,17 @@ class QlibSource(Source):
                 "%d of %d instruments have no folder in %s and are skipped: %s",
                 len(missing),
                 len(names),
-                self._folder / "features",
+                features,
                 ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else ""),
             )
         if not present_names:
-            raise DataError(
-                f"none of the {len(names)} instruments has a folder in {self._folder / 'features'}."
-            )
+            raise DataError(f"none of the {len(names)} instruments has a folder in {features}.")
         return present_names
 
     def read_bars(
         self, instruments: Sequence[str], fields: Sequence[str], freq: str, rows: slice
     ) -> Bars:
-        num_dates = len(self.read_calendar(freq))
+        num_dates, root = len(self.read_calendar(freq)), self._frequency_folder(freq)
         files = [f"{field.lower()}.{freq}.bin" for field in fields]
         n, d = len(instruments), rows.stop - rows.start
         values = np.empty((len(fields), d, n), dtype=np.float32)
@@ -154,7 +183,7 @@ class QlibSource(Source):
         for k, name in enumerate(files):
             block = np.full((n, d), np.nan, dtype=np.float32)
             for i, instrument in enumerate(instruments):
-                path = f"{self._folder}/features/{folder_name(instrument)}/{name}"
+                path = f"{root}/features/{folder_name(instrument)}/{name}"
                 content = _read_bin(path, num_dates)
                 if content is None:
                     continue
@@ -168,7 +197,7 @@ class QlibSource(Source):
                     block[i, lo - rows.start : hi - rows.start] = data[lo - first : hi - first]
             if (file_spans[k, :, 1] < 0).all():
                 raise DataError(
-                    f"{self._folder}: {unknown_name_message('field', fields[k], self.fields(freq))}"
+                    f"{root}: {unknown_name_message('field', fields[k], self.fields(freq))}"
                 )
             values[k] = block.T
         self._check_ends(file_spans[..., 1], instruments, files, freq)
@@ -189,7 +218,7 @@ class QlibSource(Source):
         first_problem, count = "", 0
         for i, instrument in enumerate(instruments):
             ends = dict(zip(names, last[:, i].tolist(), strict=True))
-            folder = f"{self._folder}/features/{folder_name(instrument)}"
+            folder = f"{self._frequency_folder(freq)}/features/{folder_name(instrument)}"
             longest, end = _find_longest_file(folder, ends, freq, len(self.read_calendar(freq)))
             short_names = [n for n, row in ends.items() if 0 <= row < end]
             count += len(short_names)
@@ -222,15 +251,32 @@ class QlibSource(Source):
         return digest.hexdigest()[:32]
 
     def _files(self) -> Iterator[tuple[os.DirEntry[str], str]]:
-        for folder in ("calendars", "instruments"):
-            for entry in _entries(self._folder / folder):
-                if entry.name.endswith(".txt"):
-                    yield entry, f"{folder}/{entry.name}"
-        for instrument in _entries(self._folder / "features"):
-            if instrument.is_dir():
-                for entry in _entries(instrument.path):
-                    if entry.name.endswith(".bin"):
-                        yield entry, f"features/{instrument.name}/{entry.name}"
+        for freq, root in self._folders.items():
+            # The path of a single folder is left out, so that equal data has an equal hash.
+            prefix = "" if len(self._folders) == 1 else f"{freq}/"
+            for folder in ("calendars", "instruments"):
+                for entry in _entries(root / folder):
+                    if entry.name.endswith(".txt"):
+                        yield entry, f"{prefix}{folder}/{entry.name}"
+            for instrument in _entries(root / "features"):
+                if instrument.is_dir():
+                    for entry in _entries(instrument.path):
+                        if entry.name.endswith(".bin"):
+                            yield entry, f"{prefix}features/{instrument.name}/{entry.name}"
+
+
+def _folders_by_frequency(provider_uri: str | dict[str, str]) -> dict[str, Path]:
+    if isinstance(provider_uri, str):
+        return {ANY_FREQUENCY: Path(provider_uri).expanduser()}
+    return {
+        ANY_FREQUENCY if freq == ANY_FREQUENCY else frequency(freq): Path(folder).expanduser()
+        for freq, folder in provider_uri.items()
+    }
+
+
+def _find_frequencies(folder: Path) -> list[str]:
+    paths = (folder / "calendars").glob("*.txt")
+    return sorted(p.stem for p in paths if not p.stem.endswith("future"))
 
 
 def folder_name(instrument: str) -> str:

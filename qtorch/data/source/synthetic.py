@@ -288,6 +288,8 @@ class SyntheticSource(PanelSource):
     is standardized, so the strength and the Rank IC of the signal do not change.
     """
 
+    freq = "day"
+
     def __init__(
         self,
         num_instruments: int = 300,

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.content_digest import digest_text
-from qtorch.core.dates import date_texts
+from qtorch.core.dates import date_texts, frequency
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.identity import digest
 from qtorch.core.tables import (
@@ -37,7 +37,7 @@ from qtorch.data.panel.column_names import (
 from qtorch.data.panel.frames import ReadOptions
 from qtorch.data.panel.panel import NAMES, Panel, duplicate_names, non_numeric_columns
 from qtorch.data.panel.spans import read_spans
-from qtorch.data.source.base import Membership, frequency
+from qtorch.data.source.base import Membership
 from qtorch.data.source.frame import (
     Memberships,
     PanelSource,
@@ -95,7 +95,7 @@ class TableSource(PanelSource):
         layout: str = AUTO,
         columns: Mapping[str, str] | None = None,
         universes: str | Path | Universes | None = None,
-        freq: str = "day",
+        freq: str | None = None,
         adjust: str | None = None,
         date_format: str | None = None,
         timezone: str | None = None,
@@ -107,7 +107,7 @@ class TableSource(PanelSource):
         self.layout = layout
         self.columns = dict(columns or {})
         self._universes = universes
-        self.freq = frequency(freq)
+        self.freq = None if freq is None else frequency(freq)
         self.adjust = adjust
         self._options = ReadOptions(date_format, timezone, decimal)
         self._root = Path(path).expanduser()
@@ -175,7 +175,7 @@ class TableSource(PanelSource):
             universes = {name: _plain_members(each) for name, each in universes.items()}
         names = [f.relative_to(self._root).as_posix() for f in files]
         contents = [digest_text(file) for file in files]
-        parts = [self.layout, self.columns, self.freq, universes, names, contents]
+        parts = [self.layout, self.columns, self.freq or "day", universes, names, contents]
         return digest([*parts, self.adjust, vars(self._options)])
 
     def _files(self) -> list[Path]:

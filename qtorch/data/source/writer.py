@@ -14,7 +14,7 @@ import pandas as pd
 
 from qtorch.core.errors import DataError
 from qtorch.data.panel.panel import Panel
-from qtorch.data.source.base import Membership, Source, frequency
+from qtorch.data.source.base import Membership, Source
 from qtorch.data.source.frame import Memberships, Universes, as_source, span_membership
 from qtorch.data.source.qlib import folder_name
 
@@ -30,7 +30,7 @@ def write_qlib(
     *,
     fields: Sequence[str] | None = None,
     universes: Universes | None = None,
-    freq: str = "day",
+    freq: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a source, a Panel or a `(datetime, instrument)` frame as a Qlib data folder.
@@ -46,7 +46,7 @@ def write_qlib(
     (Qlib's folder names are lower case).
     """
     source, target = as_source(data), Path(folder).expanduser()
-    freq = frequency(freq)
+    freq = source.resolve_frequency(freq)
     _check_target(target, overwrite)
     names = sorted(source.instrument_names())
     _check_names(names)

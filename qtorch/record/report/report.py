@@ -105,7 +105,12 @@ class ReportRecord(Record):
             numbers |= signal_numbers(tables)
         if results.report is not None:
             numbers |= portfolio_numbers(
-                results.report, results.weight, results.freq, self.mode, self.tries
+                results.report,
+                results.weight,
+                results.freq,
+                self.mode,
+                self.tries,
+                results.periods,
             )
         return tables, numbers
 

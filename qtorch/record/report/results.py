@@ -28,6 +28,7 @@ Histories: TypeAlias = Mapping[str, Mapping[int, float]]
 TRAINING_PREFIXES = ("train/", "valid/")  # prefixes of the metrics that the training logs by epoch
 
 PORTFOLIO = "portfolio_analysis"
+PERIODS = "periods_per_year"  # metric of PortAnaRecord and of the report
 PREFIX = "report."  # of the metrics that the report logs
 _REPORT = re.compile(rf"{PORTFOLIO}/report_normal_(.+)\.pkl")
 
@@ -37,7 +38,8 @@ class RunResults:
     """The artifacts of one run; None for a missing one.
 
     `score` and `label` are Series by (datetime, instrument), `ic` and `rank_ic` Series by day;
-    `report` and `positions` are the frames of PortAnaRecord with frequency `freq`.
+    `report` and `positions` are the frames of PortAnaRecord with frequency `freq`, `periods` the
+    number of such bars in a year of its annual figures.
     """
 
     recorder: Recorder
@@ -48,6 +50,7 @@ class RunResults:
     report: pd.DataFrame | None
     positions: pd.DataFrame | None
     freq: str
+    periods: float | None = None
 
     @property
     def weight(self) -> pd.Series | None:
@@ -73,6 +76,7 @@ def run_results(recorder: Recorder, label_col: int = 0) -> RunResults:
         report=_load_if_present(recorder, f"{PORTFOLIO}/report_normal_{freq}.pkl"),
         positions=_load_if_present(recorder, f"{PORTFOLIO}/positions_normal_{freq}.pkl"),
         freq=freq,
+        periods=recorder.list_metrics().get(f"{freq}.{PERIODS}"),
     )
 
 
@@ -228,13 +232,22 @@ def concentration_table(weight: pd.Series, report: pd.DataFrame) -> pd.DataFrame
 
 
 def portfolio_numbers(
-    report: pd.DataFrame, weight: pd.Series | None, freq: str, mode: Mode, tries: int
+    report: pd.DataFrame,
+    weight: pd.Series | None,
+    freq: str,
+    mode: Mode,
+    tries: int,
+    periods: float | None = None,
 ) -> dict[str, float]:
-    """Compute annual figures with `risk_analysis`, and means over days of daily quantities."""
+    """Compute annual figures with `risk_analysis`, and means over bars of their quantities.
+
+    `periods` is the number of bars per year, by default that of `freq`; it is among the numbers.
+    """
     net, gross = net_return(report), report["return"]
-    net_risk, gross_risk = (risk_analysis(r, freq=freq, mode=mode)["risk"] for r in (net, gross))
-    periods = periods_per_year(freq)
+    periods = periods_per_year(freq, dates=report.index) if periods is None else periods
+    net_risk, gross_risk = (risk_analysis(r, periods, mode=mode)["risk"] for r in (net, gross))
     numbers = {
+        PERIODS: periods,
         "total_return": float(cumulative_return(net, "product").iloc[-1]),
         "annualized_return": net_risk["annualized_return"],
         "annualized_return_without_cost": gross_risk["annualized_return"],
@@ -245,7 +258,7 @@ def portfolio_numbers(
         "annualized_cost": float(report["cost"].mean()) * periods,
     }
     if has_benchmark(report):
-        bench = risk_analysis(report["bench"], freq=freq, mode=mode)["risk"]
+        bench = risk_analysis(report["bench"], periods, mode=mode)["risk"]
         numbers["benchmark_annualized_return"] = bench["annualized_return"]
         numbers["benchmark_max_drawdown"] = bench["max_drawdown"]
     sharpe = deflated_sharpe(net_excess_return(report), tries)

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from qtorch.core.errors import ArgumentError, ConfigError, DataError
-from qtorch.data import LiquidityWeight, SyntheticSource, TimeDecay, VolatilityWeight
+from qtorch.data import (
+    DataHandlerLP,
+    DatasetH,
+    FrameSource,
+    LiquidityWeight,
+    QlibDataLoader,
+    SyntheticSource,
+    TimeDecay,
+    VolatilityWeight,
+)
 from qtorch.data.dataset.reweighter import ExpressionWeight, Reweighter, validate_weights
 
 INDEX = pd.MultiIndex.from_product(
@@ -118,3 +127,41 @@ def test_invalid_expressions_are_refused(source: SyntheticSource, data: pd.DataF
         ExpressionWeight("$volum", source=source).reweight(data)
     with pytest.raises(ConfigError, match="limit"):
         ExpressionWeight("$close", limit=0.5)
+
+
+# -- bars within a day -----------------------------------------------------------------------------
+
+
+def intraday_dataset(loader_freq: str | None = None) -> DatasetH:
+    days = pd.bdate_range("2024-01-02", periods=10)
+    stamps = [d + pd.Timedelta(minutes=m) for d in days for m in (600, 630, 660, 690)]
+    index = pd.MultiIndex.from_product([stamps, list("ABCD")], names=["datetime", "instrument"])
+    rng = np.random.default_rng(0)
+    close = 10 * np.exp(rng.normal(0, 0.01, (40, 4)).cumsum(0)).ravel()
+    frame = pd.DataFrame({"close": close, "volume": rng.uniform(1e5, 2e5, 160)}, index)
+    config = {"feature": ["$close"], "label": ["Ref($close, -1)/$close-1"]}
+    loader = QlibDataLoader(config, freq=loader_freq)
+    handler = DataHandlerLP("all", data_loader=loader, source=FrameSource(frame))
+    return DatasetH(handler, {"train": ("2024-01-02", "2024-01-15")})
+
+
+@pytest.mark.parametrize("loader_freq", [None, "30min"])
+def test_ready_weights_use_the_bars_of_the_dataset(loader_freq: str | None) -> None:
+    dataset = intraday_dataset(loader_freq)
+    data = dataset.prepare("train", col_set=["label"])
+    for weight in (LiquidityWeight(window=3), VolatilityWeight(window=3)):
+        weight.bind(dataset)
+        assert len(validate_weights(weight.reweight(data), data.index)) == 160
+    # By hand: the mean amount of three bars by that of the bar's median instrument.
+    bars = dataset.handler.source.load().to_frame()
+    amount = (bars["close"] * bars["volume"]).unstack().rolling(3, min_periods=1).mean()
+    expected = amount.div(amount.median(axis=1), axis=0).stack() ** 0.5
+    weight = LiquidityWeight(window=3)
+    weight.bind(dataset)
+    np.testing.assert_allclose(weight.reweight(data), expected.reindex(data.index), rtol=1e-5)
+
+
+def test_time_decay_counts_days_of_several_bars_once() -> None:
+    data = intraday_dataset().prepare("train", col_set=["label"])
+    weight = TimeDecay(half_life=2).reweight(data).groupby(level="datetime").first()
+    assert weight.tolist() == [0.5 ** ((9 - k // 4) / 2) for k in range(40)]

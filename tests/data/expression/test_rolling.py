@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qtorch.data.expression import evaluate
+from qtorch.data.panel.panel import Panel
 
 MIN_WINDOWS = {"Skew": 3, "Kurt": 4}
 
@@ -214,3 +215,85 @@ def test_extremes_and_ranks_of_negative_and_equal_values():
             assert_equals_pandas(
                 bars, text, lambda x, _, n=name, f=transform: pandas_result(f(x), n, 9)
             )
+
+
+# -- windows that move by a few float32 steps ------------------------------------------------------
+
+
+def narrow_bars(num_rows: int = 400) -> Panel:
+    """Prices and volumes of several instruments that hardly move compared to their size."""
+    rng = np.random.default_rng(0)
+    steps = rng.integers(-1, 2, (num_rows, 6)).cumsum(0)
+    close = np.column_stack(
+        [
+            60000 + 0.01 * steps[:, 0],
+            -60000 + 0.01 * steps[:, 1],
+            60000 + np.arange(num_rows) / 256,  # a straight line
+            100 + 1e-5 * steps[:, 2],
+            np.where(rng.random(num_rows) < 0.2, np.nan, 60000 + 0.01 * steps[:, 3]),
+            100 * np.exp(0.02 * rng.normal(size=num_rows).cumsum()),  # an ordinary stock
+        ]
+    ).astype(np.float32)
+    close[:50, 1] = np.nan
+    volume = (1e9 + 64 * rng.integers(-1, 2, (num_rows, 6)).cumsum(0)).astype(np.float32)
+    volume[:, 5] = np.exp(rng.normal(10, 1, num_rows))
+    values = torch.from_numpy(np.stack([close, volume], axis=2))
+    days = pd.bdate_range("2000-01-03", periods=num_rows)
+    return Panel(values, days, [f"I{k}" for k in range(6)], ["x", "y"])
+
+
+def exact_moments(x, y):
+    """Std, Slope, Rsquare, Resi, Cov and Corr of one window in extended precision."""
+    place, valid = np.arange(len(x)), ~np.isnan(x)
+    if valid.sum() < 2:
+        return [np.nan] * 6
+    x, y, row = (v[valid].astype(np.longdouble) for v in (x, y, place))
+    dx, dy, dr = x - x.mean(), y - y.mean(), row - row.mean()
+    slope, dof = (dx * dr).sum() / (dr * dr).sum(), len(x) - 1
+    std, std_y = np.sqrt((dx * dx).sum() / dof), np.sqrt((dy * dy).sum() / dof)
+    is_flat = std <= 2e-5
+    rsquare = np.nan if is_flat else slope * (dx * dr).sum() / (dx * dx).sum()
+    residual = dx[-1] - slope * dr[-1] if valid[-1] else np.nan
+    covariance = (dx * dy).sum() / dof
+    correlation = np.nan if is_flat or std_y <= 2e-5 else covariance / (std * std_y)
+    return [std, slope, rsquare, residual, covariance, correlation]
+
+
+@pytest.mark.parametrize("window", [2, 5, 30, 0])
+def test_windows_that_hardly_move_keep_their_digits(window):
+    bars = narrow_bars()
+    names = ["Std($x, {})", "Slope($x, {})", "Rsquare($x, {})", "Resi($x, {})"]
+    names += ["Cov($x, $y, {})", "Corr($x, $y, {})"]
+    result = evaluate([n.format(window) for n in names], bars).values.double().numpy()
+    assert np.nanmax(result[:, :, 2]) <= 1
+    rows = [*range(40), *range(40, 400, 17)]
+    for column in range(6):
+        x, y = (bars.column(f)[:, column].double().numpy() for f in ("x", "y"))
+        for row in rows:
+            span = slice(max(0, row - window + 1) if window else 0, row + 1)
+            expected = np.array(exact_moments(x[span], y[span]), dtype=np.float64)
+            if np.isnan(x[span]).all():
+                continue
+            scale = np.array([1, 1, 1, 1, 1, 1])
+            scale = scale * [expected[0], expected[0], 1, expected[0], expected[4] or 1, 1]
+            wrong = np.abs(result[row, column] - expected) > 2e-5 * np.abs(scale) + 1e-9
+            assert not wrong.any(), (column, row, result[row, column], expected)
+
+
+def test_few_flat_windows_stay_zero():
+    """A mean of 0.1f is no float64 sum of 0.1f divided by its count: not 1e-17, exactly 0."""
+    bars = narrow_bars()
+    bars.values[100:107, 5, 0] = 0.1
+    bars.values[104, 5, 0] = torch.nan
+    result = evaluate(["Std($x, 3)", "Var($x, 7)", "Slope($x, 3)", "Skew($x, 7)"], bars).values
+    assert (result[102:107, 5, [0, 2]] == 0).all()
+    assert result[106, 5, 1] == 0
+    assert result[106, 5, 3].isnan()
+
+
+def test_many_flat_windows_stay_zero():
+    bars = narrow_bars()
+    bars.values[:, :3, 0] = 60000.0
+    result = evaluate(["Std($x, 20)", "Rsquare($x, 20)", "Corr($x, $y, 20)"], bars).values
+    assert (result[1:, :3, 0] == 0).all()
+    assert result[:, :3, 1:].isnan().all()

@@ -93,3 +93,35 @@ def test_invalid_filters_are_refused(source: FrameSource) -> None:
         build_filters({"filter_type": "NameDFilter"})
     with pytest.raises(ExpressionError, match="clos"):
         rows(source, ExpressionDFilter("$close <"))
+
+
+@pytest.mark.parametrize(
+    "rule", ["ChangeInstrument('BA', $close) > 15", "Mask(Mean($close, 2), 'ba') > 15"]
+)
+def test_a_rule_may_look_at_an_instrument_outside_the_universe(rule: str) -> None:
+    index = pd.MultiIndex.from_product([DATES, NAMES], names=["datetime", "instrument"])
+    frame = pd.DataFrame({"close": np.repeat(np.arange(10.0, 22.0), 3)}, index)
+    source = FrameSource(frame, universes={"two": ["AA", "AB"]})
+    first = 6 if "Mean" not in rule else 7 - (15.5 > 15)
+    loader = QlibDataLoader(
+        ["$close"], filter_pipe=[NameDFilter("A"), ExpressionDFilter(rule)], source=source
+    )
+    index = loader.load("two").index
+    assert {(int(DATES.get_loc(d)), name) for d, name in index} == {
+        (d, name) for d in range(first, 12) for name in ("AA", "AB")
+    }
+    with pytest.raises(ExpressionError, match="unknown instrument 'XX'"):
+        QlibDataLoader(
+            ["$close"], filter_pipe=[ExpressionDFilter("Mask($close, 'XX') > 1")], source=source
+        ).load("two")
+
+
+def test_a_filter_of_a_users_own_needs_no_further_bars() -> None:
+    class Own(ExpressionDFilter):
+        def passes(self, bars):
+            return super().passes(bars)
+
+    index = pd.MultiIndex.from_product([DATES, NAMES], names=["datetime", "instrument"])
+    source = FrameSource(pd.DataFrame({"close": 1.0}, index), universes={"two": ["AA", "AB"]})
+    loader = QlibDataLoader(["Mask($close, 'BA')"], filter_pipe=[Own("$close > 0")], source=source)
+    assert len(loader.load("two")) == 24

@@ -56,3 +56,28 @@ def test_a_day_without_finite_values_becomes_nan() -> None:
     torch.testing.assert_close(
         result, torch.tensor([[np.nan, np.nan], [1.0, 2.0]], dtype=torch.float32), equal_nan=True
     )
+
+
+def test_tanh_knows_labels_by_their_group(frame) -> None:
+    """Qlib looks for "LABEL" in the name (its issues 1687, 2171, 2313)."""
+    frame = frame.rename(columns={"x": "LABEL_LIKE", frame["label"].columns[0]: "RET1"})
+    view = view_from_frame(frame)
+    result = TanhProcess()(view).frame()
+    expected = np.tanh(frame.sort_index()["feature"].astype(np.float64) - 1)
+    np.testing.assert_allclose(result["feature"], expected, atol=1e-6)
+    np.testing.assert_array_equal(result["label"], frame.sort_index()["label"])
+    only_labels = TanhProcess(fields_group="label")(view).frame()
+    np.testing.assert_array_equal(only_labels["feature"], frame.sort_index()["feature"])
+    assert not np.array_equal(only_labels["label"], frame.sort_index()["label"])
+
+
+def test_tanh_of_data_without_groups_leaves_columns_called_label(frame) -> None:
+    flat = frame.droplevel(0, axis=1).sort_index()
+    flat.columns = ["x", "y", *[f"LABEL{k}" for k in range(flat.shape[1] - 2)]]
+    view = view_from_frame(flat)
+    before, after = view.groups[""], TanhProcess()(view).groups[""]
+    for name, expected in (
+        ("LABEL0", before.column("LABEL0")),
+        ("x", (before.column("x") - 1).tanh()),
+    ):
+        torch.testing.assert_close(after.column(name), expected, equal_nan=True)

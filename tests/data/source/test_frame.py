@@ -93,3 +93,42 @@ def test_infinite_values_are_kept(frame):
     frame = frame.copy()
     frame.iloc[3, 1] = np.inf
     assert FrameSource(frame).load().column("close").isinf().sum() == 1
+
+
+def intraday_frame(times, num_days=5, start="2024-01-02"):
+    stamps = [d + pd.Timedelta(t) for d in pd.bdate_range(start, periods=num_days) for t in times]
+    index = pd.MultiIndex.from_product([stamps, ["A", "B"]], names=["datetime", "instrument"])
+    return pd.DataFrame({"close": np.arange(1.0, len(index) + 1)}, index)
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        (["10:00:00", "10:30:00", "11:00:00", "13:00:00", "13:30:00"], "30min"),
+        ([f"{h}:30:00" for h in range(9, 16)], "60min"),
+        ([f"{h:02}:00:00" for h in range(24)], "60min"),
+        (["09:31:00", "09:32:00"], "1min"),
+        (["16:00:00"], "day"),
+        (["00:00:00"], "day"),
+    ],
+)
+def test_the_frequency_is_detected(times, expected):
+    source = FrameSource(intraday_frame(times))
+    assert source.freq == expected
+    assert source.frequencies() == (expected,)
+    assert len(source.load(["close"]).calendar) == 5 * len(times)
+    assert len(source.features("all", ["$close"], freq=expected)) == 10 * len(times)
+
+
+def test_weeks_months_and_false_frequencies():
+    weeks = intraday_frame(["00:00:00"], num_days=100).unstack().iloc[::5].stack()
+    assert FrameSource(weeks).freq == "week"
+    months = pd.MultiIndex.from_product(
+        [pd.date_range("2020-01-31", periods=12, freq="ME"), ["A"]],
+        names=["datetime", "instrument"],
+    )
+    assert FrameSource(pd.DataFrame({"close": 1.0}, months)).freq == "month"
+    with pytest.raises(DataError, match=r"freq='day', but several bars .* look like '30min'"):
+        FrameSource(intraday_frame(["10:00:00", "10:30:00"]), freq="day")
+    with pytest.raises(DataError, match="resample them, or pass the frequency"):
+        FrameSource(intraday_frame(["10:00:00", "10:00:10"]))

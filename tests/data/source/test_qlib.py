@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
+import qtorch
 from qtorch.core.errors import ArgumentError, ConfigError, DataError, ExpressionError
 from qtorch.core.session import session_context
 from qtorch.data.handler.loader import QlibDataLoader
+from qtorch.data.source.frame import build_source, default_source
 from qtorch.data.source.qlib import QlibSource
 
 DAYS = pd.bdate_range("2020-01-01", periods=6)
@@ -128,8 +130,53 @@ def test_intraday_frequency(tmp_path):
         panel = source.load(["close"], freq=name, end_time="2020-01-02")
         assert panel.column("close")[:, 0].tolist() == [1, 2]
     assert source.load(["close"], freq="1min").mask[:, 0].tolist() == [True, True, False]
+    assert source.frequencies() == ("1min",)
+    assert len(source.load(["close"]).calendar) == 3  # the only frequency
     with pytest.raises(DataError, match=r"unknown frequency 'day'.*1min"):
-        source.load(["close"])
+        source.load(["close"], freq="day")
+
+
+def test_a_folder_for_each_frequency(tmp_path):
+    """Qlib's mapping as provider_uri; daily bars are the default, if there are any."""
+    stamps = pd.DatetimeIndex(["2020-01-02 09:31", "2020-01-02 09:32", "2020-01-03 09:31"])
+    universe = {"all": "AAA\t2020-01-01\t2020-01-08\n"}
+    folders = {
+        "day": make_folder(tmp_path / "day", {("aaa", "close"): (0, range(6))}, universe),
+        "1min": make_folder(
+            tmp_path / "minute",
+            {("aaa", "close"): (0, [1, 2, 3])},
+            universe,
+            freq="1min",
+            calendar=stamps,
+        ),
+        "5min": make_folder(
+            tmp_path / "five",
+            {("aaa", "open"): (0, [5])},
+            universe,
+            freq="5min",
+            calendar=stamps[:1],
+        ),
+    }
+    source = QlibSource(folders)
+    assert source.frequencies() == ("1min", "5min", "day")
+    assert source.resolve_frequency() == "day"
+    assert source.load(["close"]).column("close")[:, 0].tolist() == list(range(6))
+    assert source.load(["close"], freq="min").column("close")[:, 0].tolist() == [1, 2, 3]
+    assert source.fields("5min") == ("open",)
+    assert QlibSource(folders, freq="1min").calendar().equals(stamps.as_unit("ns"))
+    assert QlibSource({"day": folders["day"]}).fingerprint() == (
+        QlibSource(folders["day"]).fingerprint()
+    )
+    with pytest.raises(DataError, match=r"unknown frequency '30min'.*1min"):
+        source.calendar(freq="30min")
+    with pytest.raises(DataError, match=r"several frequencies \(1min, 5min\).*freq='1min'"):
+        QlibSource({k: folders[k] for k in ("1min", "5min")}).calendar()
+    with pytest.raises(DataError, match="no data folder"):
+        QlibSource({"day": folders["day"], "1min": tmp_path / "nowhere"})
+    session = qtorch.init(provider_uri=folders)
+    assert session.provider_uri == {k: str(v) for k, v in folders.items()}
+    assert default_source().frequencies() == source.frequencies()
+    assert build_source(QlibSource().to_config()).fingerprint() == source.fingerprint()
 
 
 def test_an_instrument_called_na_and_one_called_con(tmp_path):
