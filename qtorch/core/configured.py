@@ -8,11 +8,13 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from qtorch.core.errors import ArgumentError, ConfigError, check_name
 from qtorch.core.names import import_path
 from qtorch.core.plain import convert_tree, is_numpy_scalar, is_plain_scalar
+
+T = TypeVar("T")
 
 
 class Configured:
@@ -44,6 +46,13 @@ class Configured:
         """
         config: dict[str, Any] = plain_value(self._arguments, type(self).__name__)
         return {"_target_": import_path(type(self)), **config}
+
+
+def copy_attributes(instance: T) -> T:
+    """Return a shallow copy with all attributes, also those that a pickle leaves out."""
+    other: T = object.__new__(type(instance))
+    vars(other).update(vars(instance))
+    return other
 
 
 def constructor_signature(cls: type) -> inspect.Signature:

@@ -63,7 +63,7 @@ class Concepts(Extra):
         self.table = table
 
     def bind(self, calendar: pd.DatetimeIndex, instruments: pd.Index) -> Gatherable:
-        frame = _read_memberships(self.table)
+        frame = read_memberships(self.table)
         names = sorted(frame["concept"].unique())
         frame = frame[frame["instrument"].isin(instruments)]
         instrument_index = torch.as_tensor(instruments.get_indexer(pd.Index(frame["instrument"])))
@@ -130,7 +130,8 @@ def check_extras(extras: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(extras or {})
 
 
-def _read_memberships(table: Any) -> pd.DataFrame:
+def read_memberships(table: Any) -> pd.DataFrame:
+    """Return a concept table with the columns instrument, concept, start and end (NaT: open)."""
     if isinstance(table, str | Path):
         path = Path(table)
         if not path.exists():
