@@ -112,7 +112,10 @@ def _statistics(values: Tensor) -> dict[str, Tensor]:
 
 
 def _is_standardized(whole: dict[str, Tensor], early: dict[str, Tensor]) -> Tensor:
-    exact = (whole["mean"].abs() < EXACT) & ((whole["std"] - 1).abs() < 2 * EXACT)
+    count = whole["count"].clamp(min=2)
+    sample_std = whole["std"] * (count / (count - 1)).sqrt()  # ddof 1
+    is_unit = ((whole["std"] - 1).abs() < EXACT) | ((sample_std - 1).abs() < EXACT)
+    exact = (whole["mean"].abs() < EXACT) & is_unit
     off = (early["mean"].abs() > CLEARLY) | ((early["std"] - 1).abs() > CLEARLY)
     return exact & off
 
@@ -198,7 +201,9 @@ def _pair_faults(subject: Subject, segment: str, data_key: str) -> list[str]:
             if column not in columns.names:
                 continue
             expected = columns.column(column).cpu()[dates, places]
-            is_other = cells_differ(expected, values[:, k].cpu(), float(expected.nan_to_num().std()))
+            is_other = cells_differ(
+                expected, values[:, k].cpu(), float(expected.nan_to_num().std())
+            )
             if kind != "windows":  # infinite labels count as missing
                 is_other &= expected.isfinite()
             if bool(is_other.any()):

@@ -19,6 +19,7 @@ from qtorch.data.panel.view import View
 from qtorch.study.leakage.comparison import (
     Moves,
     cells_differ,
+    column_scales,
     compare_columns,
     compare_masks,
     read_cells,
@@ -52,10 +53,16 @@ class FutureCheck:
         self.extras = Moves("extras")
         self.scores = Moves("scores", "scores")
         self.score_note = "no fitted model was given"
-        self.label_reach = 0  # days that the label looks ahead, as measured
+        self.label_reaches: dict[str, int] = {}  # days that each label looks ahead, as measured
         self._views = {"infer": subject.base.view(), "learn": learn_view(subject.base)}
         self._raw = loaded_view(subject.base)
         self._base_scores: dict[pd.Timestamp, pd.Series] = {}
+        self._score_dataset: DatasetH | None = None
+
+    @property
+    def label_reach(self) -> int:
+        """How many days the labels look ahead at most, as measured; 0 if none moved."""
+        return max(self.label_reaches.values(), default=0)
 
     def run(self, ways: Sequence[str]) -> list[Line]:
         """Compare every date and way; return the lines of the report."""
@@ -106,9 +113,7 @@ class FutureCheck:
         compare_masks(self.universe, base, raw, (base.rows, raw.rows), stop, way=way)
         self._compare_groups(self.features, base, raw, stop, way)
 
-    def _compare_groups(
-        self, moves: Moves, base: View, changed: View, stop: int, way: str
-    ) -> None:
+    def _compare_groups(self, moves: Moves, base: View, changed: View, stop: int, way: str) -> None:
         """Compare every group but the label; cells in gaps belong to the line `fills`."""
         rows = slice(max(0, stop - ROWS_BEFORE), stop)
         cells, is_gap = base.history[rows].cpu(), self.subject.gap_cells(base)[rows]
@@ -133,9 +138,10 @@ class FutureCheck:
         stop = int(base.calendar.searchsorted(date, side="right"))
         rows = slice(max(0, stop - ROWS_BEFORE), stop)
         cells = torch.ones(stop - rows.start, len(base.instruments), dtype=torch.bool)
-        moves = Moves(LABEL)
-        compare_columns([(moves, cells)], base, other, rows, way="")
-        self.label_reach = max(self.label_reach, moves.days_before)
+        for name in base.names:
+            moves = Moves(LABEL)
+            compare_columns([(moves, cells)], base.keep([name]), other, rows, way="")
+            self.label_reaches[name] = max(self.label_reaches.get(name, 0), moves.days_before)
 
     def _compare_learn(self, changed: DatasetH, date: pd.Timestamp, way: str) -> None:
         """Compare the data for learning up to the last day whose label is known on the date."""
@@ -183,17 +189,27 @@ class FutureCheck:
         self._load_state(changed, self.state)
         try:
             if date not in self._base_scores:
-                self._load_state(self.subject.base, self.state)
-                scores = self.model.predict(self.subject.base, self._span(date))
+                base = self._scored_base()
+                scores = self.model.predict(base, self._span(date))
                 self._base_scores[date] = until(scores, date)
             scores = until(self.model.predict(changed, self._span(date)), date)
         except NotFittedError as error:
             self.model, self.score_note = None, str(error)
             return
-        base = self._base_scores[date]
-        index = base.index.union(scores.index)
-        tensors = [torch.from_numpy(s.reindex(index).to_numpy("float32")) for s in (base, scores)]
+        first = self._base_scores[date]
+        index = first.index.union(scores.index)
+        tensors = [
+            torch.from_numpy(s.reindex(index).to_numpy("float32", copy=True))
+            for s in (first, scores)
+        ]
         _compare_tensors(self.scores, "score", tensors[0], tensors[1], date, way)
+
+    def _scored_base(self) -> DatasetH:
+        """Return a copy of the base with the model's own processors; the base keeps its own."""
+        if self._score_dataset is None:
+            self._score_dataset = self.subject.with_raw_view(self._raw)
+            self._load_state(self._score_dataset, self.state)
+        return self._score_dataset
 
     def _load_state(self, dataset: DatasetH, state: State | None) -> None:
         if state is not None and isinstance(dataset.handler, DataHandlerLP):
@@ -205,9 +221,10 @@ class EarlySamples:
 
     def __init__(self, samples: Samples, date: pd.Timestamp) -> None:
         self.samples = samples
-        is_early = samples.index.get_level_values(0) <= date
+        index = samples.index
+        is_early = index.get_level_values(0) <= date
         self.rows = torch.from_numpy(is_early.nonzero()[0])
-        self.index = samples.index[is_early]
+        self.index = index[is_early]
 
     def gather(self, index: pd.MultiIndex) -> dict[str, Tensor]:
         """Return windows `x` and extras of the samples of an index."""
@@ -285,7 +302,8 @@ def _compare_tensors(
     if first.shape != second.shape:
         moves.add(first.numel(), name, DAYS_BEFORE, f"{example} has another shape", way)
         return
-    finite = first[first.isfinite()].double()
-    scale = float(finite.std()) if finite.numel() > 1 else 0.0
-    moved = cells_differ(first.float(), second.float(), scale)
+    columns = first.float().reshape(-1, first.shape[-1] if first.dim() > 1 else 1)
+    scale = column_scales(columns.t()[:, None], torch.ones((), dtype=torch.bool)).reshape(1, -1)
+    other_columns = second.float().reshape(columns.shape)
+    moved = cells_differ(columns, other_columns, scale)
     moves.add(int(moved.sum()), name, DAYS_BEFORE, example, way)

@@ -14,10 +14,7 @@ from qtorch.core.errors import DataError, format_count
 from qtorch.data.dataset.dataset import TRAIN, DatasetH
 from qtorch.data.dataset.samples import Samples
 from qtorch.data.handler.handler import DK_I, DK_L, DataHandlerLP
-from qtorch.data.handler.loader import DataLoader
-from qtorch.data.panel.view import View
-from qtorch.data.processor.cross_section import day_rank_norm, day_zscore
-from qtorch.data.source.base import Source
+from qtorch.data.processor.cross_section import MAD_SCALE, day_median, day_rank_norm
 from qtorch.study.leakage.comparison import Moves, compare_columns, compare_masks
 from qtorch.study.leakage.report import LEAK, OK, UNKNOWN, Line
 from qtorch.study.leakage.subject import Subject, load_labels, loaded_view
@@ -25,34 +22,14 @@ from qtorch.study.leakage.subject import Subject, load_labels, loaded_view
 LABEL = "label"
 ROWS_COMPARED = 256
 EXTREME, EXTREME_SHARE, HIDDEN_SHARE = 100.0, 0.05, 0.2
-# A label further from its day's mean than this many deviations is extreme. If the train segment
-# leads to expect MIN_EXTREMES of them, another segment has a tenth of them at least.
-TAIL, MIN_EXTREMES, TAIL_RATIO = 3.0, 20, 0.1
+# Labels are compared in deviations (1.4826 MAD) from the median of their day. Of those beyond
+# INNER * tail, the train segment has a share beyond the tail; if it leads to expect MIN_EXTREMES of
+# them in another segment, this has TAIL_RATIO of them at least, also where its tails are thinner.
+TAILS, INNER, MIN_EXTREMES, TAIL_RATIO = (3.0, 4.0, 5.0, 6.0, 8.0), 0.7, 30, 0.3
 MAX_SCAN_DAYS, MAX_LINEAR_ROWS, ROWS_AT_ONCE = 120, 60_000, 4096
 HIGH_IC = 0.3  # no honest column ranks the returns of another day so well
 RIDGE, LUCK_T, LUCK_IC = 1e-3, 5.0, 0.02
 OVERLAP = 0.2  # labels of neighbouring days correlate more than this if their spans overlap
-
-
-class ViewLoader(DataLoader):
-    """A loader that returns a view that another loader has loaded."""
-
-    def __init__(self, view: View, loader: DataLoader) -> None:
-        self.stored_view, self.loader = view, loader
-
-    def horizon(self, group: str = LABEL) -> int | None:
-        return self.loader.horizon(group)
-
-    def view(
-        self,
-        instruments: Any = None,
-        start_time: Any = None,
-        end_time: Any = None,
-        *,
-        source: Source | None = None,
-        columns: Any = None,
-    ) -> View:
-        return self.stored_view
 
 
 def with_labels(subject: Subject, change: Any) -> DatasetH | None:
@@ -66,8 +43,7 @@ def with_labels(subject: Subject, change: Any) -> DatasetH | None:
         return None
     values = {name: change(labels.column(name), raw.rows) for name in labels.names}
     view = raw.with_group(LABEL, labels.with_columns(values))
-    loader = ViewLoader(view, subject.handler.data_loader)
-    return subject.base.with_handler(subject.handler.with_loader(loader, None))
+    return subject.with_raw_view(view)
 
 
 def permute_by_day(values: Tensor, rows: Tensor, seed: int = 0) -> Tensor:
@@ -145,26 +121,28 @@ def label_tails_line(subject: Subject) -> Line:
     if values.shape != view.rows.shape:
         return Line(name, UNKNOWN, "labels and features have different dates")
     rows = view.rows.cpu() & values.isfinite()
-    z = day_zscore(values.where(rows, torch.tensor(torch.nan)), rows).abs()
-
-    def count(segment: str) -> tuple[int, int]:
-        part = subject.segment_rows(segment)
-        return int((z[part] > TAIL).sum()), int(z[part].isfinite().sum())
-
-    num_extreme, num_train = count(TRAIN)
+    distances = (values - day_median(values, rows)).abs()
+    z = (distances / day_median(distances, rows) / MAD_SCALE).where(rows, torch.tensor(torch.nan))
+    train = z[subject.segment_rows(TRAIN)]
     texts, leaks = [], []
     for segment in subject.base.segments:
-        if segment == TRAIN or not num_train:
-            continue
-        observed, size = count(segment)
-        expected = num_extreme / num_train * size
-        text = f"{segment} has {observed} labels beyond {TAIL:g} deviations, expected {expected:.0f}"
-        texts.append(text)
-        if expected >= MIN_EXTREMES and observed < TAIL_RATIO * expected:
-            leaks.append(text)
+        if segment != TRAIN:
+            fault = _missing_tail(train, z[subject.segment_rows(segment)])
+            leaks += [f"{segment} has {fault}"] if fault else []
+            texts.append(segment)
     if leaks:
-        return Line(name, LEAK, f"{'; '.join(leaks)} from train: were rows dropped by their label?")
-    return Line(name, OK, "; ".join(texts) or "there is no segment besides train")
+        return Line(name, LEAK, f"{'; '.join(leaks)}: were rows dropped because of their label?")
+    return Line(name, OK, f"extreme labels in {', '.join(texts)} as in train" if texts else "-")
+
+
+def _missing_tail(train: Tensor, other: Tensor) -> str | None:
+    """Describe a tail of the train segment's labels that another segment lacks; None if none."""
+    for tail in TAILS:
+        share = int((train > tail).sum()) / max(1, int((train > INNER * tail).sum()))
+        expected, observed = share * int((other > INNER * tail).sum()), int((other > tail).sum())
+        if expected >= MIN_EXTREMES and observed < TAIL_RATIO * expected:
+            return f"{observed} labels beyond {tail:g} deviations, expected {expected:.0f} by train"
+    return None
 
 
 # -- signals ---------------------------------------------------------------------------------------
@@ -295,7 +273,9 @@ def label_columns_line(subject: Subject, reach: int | None) -> Line:
     )
     values[samples.date, samples.instrument] = samples.raw_label[:, 0]
     shifts = _unknown_shifts(values, reach)
-    best = max((_best_column(samples, cross, values, shift) for shift in shifts), key=lambda b: b[0])
+    best = max(
+        (_best_column(samples, cross, values, shift) for shift in shifts), key=lambda b: b[0]
+    )
     ic, column, shift = best
     text = f"largest Rank IC of a column with an unknown label: {ic:.2f} ({column}"
     text += f", label of {abs(shift)} days {'later' if shift > 0 else 'before'})" if shift else ")"
@@ -308,13 +288,13 @@ def label_columns_line(subject: Subject, reach: int | None) -> Line:
 def _unknown_shifts(values: Tensor, reach: int | None) -> range:
     """Return the shifts k for which nothing of the label of day t + k is known on day t."""
     if reach is None or reach < 2:
-        return range(0, 4)
+        return range(4)
     rows = ~values[:-1].isnan() & ~values[1:].isnan()
     first = day_rank_norm(values[:-1], rows).where(rows, torch.tensor(0.0))
     second = day_rank_norm(values[1:], rows).where(rows, torch.tensor(0.0))
     similarity = float((first * second).sum() / first.square().sum().clamp(min=1e-12))
     # The span of overlapping labels is unknown, so part of an earlier one may be known.
-    return range(0, 4) if similarity > OVERLAP else range(1 - reach, 4)
+    return range(4) if similarity > OVERLAP else range(1 - reach, 4)
 
 
 def _best_column(

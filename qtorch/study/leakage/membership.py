@@ -49,7 +49,9 @@ def survivors_line(subject: Subject) -> Line:
     if expected >= MIN_LEAVERS and num_exits == 0 and observed == 0:
         luck = none_leaves_probability(len(every), len(leavers), len(members))
         if luck < MIN_PROBABILITY:
-            detail = f"nobody ever leaves the universe: {text}. It is chosen by who is there at the end"
+            detail = (
+                f"nobody ever leaves the universe: {text}. It is chosen by who is there at the end"
+            )
             return Line(name, LEAK, detail)
     if not leavers and years >= MIN_YEARS and len(every) >= MIN_INSTRUMENTS:
         return Line(name, WARNING, f"{text}: does the data lack delisted instruments?")
@@ -94,9 +96,7 @@ def _members(
         }
     else:
         return {str(n) for n in instruments}, 0
-    inside = {
-        name: [(a, b) for a, b in spans if b >= start] for name, spans in membership.items()
-    }
+    inside = {name: [(a, b) for a, b in spans if b >= start] for name, spans in membership.items()}
     inside = {name: spans for name, spans in inside.items() if spans}
     num_exits = sum(b < end for spans in inside.values() for _, b in spans)
     return set(inside), num_exits
@@ -137,7 +137,9 @@ def concepts_line(subject: Subject) -> Line:
         text = f"{extra}: {share:.0%} of {len(frame)} memberships hold on all days"
         (leaks if share == 1 else texts).append(text)
     if leaks:
-        detail = f"{'; '.join(leaks)}: memberships of one day are applied to the past; add start and end"
+        detail = (
+            f"{'; '.join(leaks)}: memberships of one day are applied to the past; add start and end"
+        )
         return Line(name, LEAK, detail)
     return Line(name, OK, "; ".join(texts) or "the tables are empty")
 
@@ -157,7 +159,9 @@ def bound_extras_line(subject: Subject) -> Line:
     if moved:
         detail = f"change when the calendar ends earlier: {'; '.join(moved)}"
         return Line(name, LEAK, detail)
-    return Line(name, OK, f"{', '.join(subject.base.extras)}: a day's values do not depend on later days")
+    return Line(
+        name, OK, f"{', '.join(subject.base.extras)}: a day's values do not depend on later days"
+    )
 
 
 def _depends_on_later_dates(

@@ -62,7 +62,7 @@ def probe(
     state = _fitted_state(subject, model, fit)
     check = FutureCheck(subject, model, state)
     lines = check.run(ways)
-    lines += _other_lines(subject, check.label_reach)
+    lines += _other_lines(subject, check)
     known_names = {line.name for line in lines}
     for name in accept:
         if name not in known_names:
@@ -89,13 +89,17 @@ def _fitted_state(subject: Subject, model: Any, fit: bool) -> State | None:
     return state
 
 
-def _other_lines(subject: Subject, measured_reach: int) -> list[Line]:
+def _other_lines(subject: Subject, future: FutureCheck) -> list[Line]:
     """Return the lines that need no changed future."""
-    labels = load_labels(subject.base)
+    labels, measured_reach = load_labels(subject.base), future.label_reach
     declared = subject.base.horizon
     if declared is None:
         declared = subject.handler.horizon()
     reach = measured_reach or declared
+    # The first label's own reach; that of one of several labels is unknown unless it is measured.
+    names = () if labels is None else labels.names
+    first_reach = future.label_reaches.get(names[0] if names else "", 0)
+    first_reach = first_reach or (declared if len(names) == 1 else None)
     columns = loaded_columns(subject)
     checks: tuple[Callable[[], Line], ...] = (
         lambda: label_line(measured_reach, labels is not None, declared),
@@ -104,7 +108,7 @@ def _other_lines(subject: Subject, measured_reach: int) -> list[Line]:
         lambda: embargo_line(subject, reach),
         lambda: label_rows_line(subject),
         lambda: label_tails_line(subject),
-        lambda: label_columns_line(subject, reach),
+        lambda: label_columns_line(subject, first_reach),
         lambda: permuted_signal_line(subject),
         lambda: pairing_line(subject),
         lambda: normalisation_line(subject, columns),

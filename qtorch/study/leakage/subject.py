@@ -14,7 +14,7 @@ from qtorch.core.errors import ConfigError
 from qtorch.core.serial import State
 from qtorch.data.dataset.dataset import TRAIN, DatasetH
 from qtorch.data.handler.handler import DK_L, DK_R, DataHandler, DataHandlerLP
-from qtorch.data.handler.loader import QlibDataLoader
+from qtorch.data.handler.loader import DataLoader, QlibDataLoader
 from qtorch.data.panel.columns import Columns
 from qtorch.data.panel.view import View
 from qtorch.data.source.base import Source
@@ -76,6 +76,11 @@ class Subject:
         """Return a copy of the dataset on changed data; its processors are not fitted."""
         return self.dataset.with_handler(self.dataset.handler.change_data(change))
 
+    def with_raw_view(self, view: View) -> DatasetH:
+        """Return a copy of the base on other raw data; its processors are not fitted."""
+        loader = ViewLoader(view, self.handler.data_loader)
+        return self.base.with_handler(self.handler.with_loader(loader, None))
+
     def _change(self, date: pd.Timestamp | None, way: str) -> FutureChange:
         return FutureChange(date, way, tuple(self.dates), self.seed)
 
@@ -101,6 +106,27 @@ class Subject:
     def segment_rows(self, name: str) -> slice:
         """Return the calendar rows of a segment."""
         return date_rows(self.calendar, *self.base.segments[name])
+
+
+class ViewLoader(DataLoader):
+    """A loader that returns a view that another loader has loaded."""
+
+    def __init__(self, view: View, loader: DataLoader) -> None:
+        self.stored_view, self.loader = view, loader
+
+    def horizon(self, group: str = "label") -> int | None:
+        return self.loader.horizon(group)
+
+    def view(
+        self,
+        instruments: Any = None,
+        start_time: Any = None,
+        end_time: Any = None,
+        *,
+        source: Source | None = None,
+        columns: Any = None,
+    ) -> View:
+        return self.stored_view
 
 
 def load_labels(dataset: DatasetH) -> Columns | None:
