@@ -68,7 +68,7 @@ def test_default_dates_lie_after_the_train_segment():
 def test_other_datasets_and_ways_are_refused():
     with pytest.raises(ConfigError, match="DatasetH"):
         probe(pd.DataFrame())
-    with pytest.raises(ConfigError, match="did you mean 'shuffle'"):
+    with pytest.raises(ConfigError, match="Did you mean 'shuffle'"):
         probe(pd.DataFrame(), ways=["shuffl"])
 
 

@@ -112,5 +112,5 @@ def test_views_of_frames_change_after_the_date(way):
 
 
 def test_an_unknown_way_is_refused():
-    with pytest.raises(ConfigError, match="did you mean 'shuffle'"):
+    with pytest.raises(ConfigError, match="Did you mean 'shuffle'"):
         FutureChange(AFTER, "shufle")
