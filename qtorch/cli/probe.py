@@ -18,16 +18,16 @@ USAGE = """\
 qtorch probe: look for leaks of the future in a configuration or a run
 
 usage: qtorch probe [GROUP=OPTION ...] [KEY=VALUE ...] [run=RUN_ID] [dates=[DATE,...]]
-                    [ways=[scale,shuffle,delete]] [accept=[NAME,...]] [json=FILE] [page=FILE]
+                    [methods=[scale,shuffle,delete]] [accept=[NAME,...]] [json=FILE] [page=FILE]
 
-  run     probe the dataset and the fitted model of a finished run
-  dates   the data after each of these dates is changed; default: one in the first and one in the
-          last segment after train
-  ways    scale: multiply later values by random factors; shuffle: permute later days; delete: end
-          half of the instruments, and remove days of the others
-  fit     true: fit the configured model on one batch and compare its scores; false: no scores
-  accept  lines of the report whose leak is known: they are shown as accepted
-  json    write the report to a .json file, page: to an .html file
+  run      probe the dataset and the fitted model of a finished run
+  dates    the data after each of these dates is changed; default: one in the first and one in the
+           last segment after train
+  methods  scale: multiply later values by random factors; shuffle: permute later days; delete: end
+           half of the instruments, and remove days of the others
+  fit      true: fit the configured model on one batch and compare its scores; false: no scores
+  accept   lines of the report whose leak is known: they are shown as accepted
+  json     write the report to a .json file, page: to an .html file
 
   qtorch probe data=table data.path=bars.parquet handler=alpha158 model=gru
   qtorch probe run=RUN_ID dates=[2019-06-28] json=probe.json
@@ -68,7 +68,7 @@ FILES = {"json": "json", "page": "html"}
 def _run_probe(settings: dict[str, Any]) -> ProbeReport:
     from qtorch.study.leakage.probe import probe
 
-    options = {name: settings[name] for name in ("dates", "ways", "accept", "seed")}
+    options = {name: settings[name] for name in ("dates", "methods", "accept", "seed")}
     if settings["run"] is not None:
         from qtorch.cli.runs import load_finished_run, load_model_and_dataset
 
@@ -112,7 +112,7 @@ def _print_report(report: ProbeReport) -> None:
     from qtorch.cli.tables.console import new_table, print_table, terminal, with_label
 
     dates = ", ".join(f"{date:%Y-%m-%d}" for date in report.dates)
-    title = f"data changes after {dates} ({', '.join(report.ways)})"
+    title = f"data changes after {dates} ({', '.join(report.methods)})"
     table = new_table("part", "verdict", "details", title=title, no_wrap=("part", "verdict"))
     for line in report.lines:
         verdict = Text(line.verdict, VERDICT_STYLES.get(line.verdict, "dim"))

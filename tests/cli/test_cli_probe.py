@@ -32,9 +32,9 @@ def short_probe(monkeypatch):
 
     def replacement(dataset, model=None, **options):
         calls.append(options)
-        verdict = LEAK if options["ways"] == ["scale"] else OK
+        verdict = LEAK if options["methods"] == ["scale"] else OK
         lines = [Line("features", verdict, "20 cells")]
-        return ProbeReport(lines, [pd.Timestamp("2020-03-02")], tuple(options["ways"]), {})
+        return ProbeReport(lines, [pd.Timestamp("2020-03-02")], tuple(options["methods"]), {})
 
     monkeypatch.setattr("qtorch.study.leakage.probe.probe", replacement)
     return calls
@@ -47,7 +47,7 @@ def test_exit_code_and_files(short_probe, tmp_path, capsys):
     assert "no leak found" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text())["leak"] is False
     assert "features" in (tmp_path / "r.html").read_text()
-    assert main(["probe", *settings, "ways=[scale]"]) == 1
+    assert main(["probe", *settings, "methods=[scale]"]) == 1
     assert "1 of 1 lines leak: features" in capsys.readouterr().out
     assert short_probe[0]["dates"] == ["2020-03-02"]
 
@@ -79,7 +79,7 @@ def test_no_false_alarm_on_a_shipped_model(name, tmp_path):
     if name == "hist":
         dataset = {**dataset, "extras": {"concept": concept_extra(settings["data"], tmp_path)}}
     model = init_instance_by_config(shorten_training(task["model"]))
-    report = probe(init_instance_by_config(dataset), model, fit=True, ways=["scale", "delete"])
+    report = probe(init_instance_by_config(dataset), model, fit=True, methods=["scale", "delete"])
     assert not report.has_leak, str(report)
     assert report.line("scores").verdict == OK, str(report)
 
@@ -111,13 +111,13 @@ def test_a_finished_run_is_probed_with_its_model(tmp_path, monkeypatch, capsys):
     train = ["debug=tiny", "model.network.hidden_size=8", "record=none"]
     assert main(["train", *train]) == 0
     run = next(iter(R.list_recorders(experiment_name="debug").values()))
-    assert main(["probe", f"run={run.id}", "ways=[scale]"]) == 0
+    assert main(["probe", f"run={run.id}", "methods=[scale]"]) == 0
     assert "of a fitted model, unmoved" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_a_leak_on_the_command_line_ends_with_one(capsys):
     label = 'handler.label=["Ref($close,-2)/Ref($close,-1)-1"]'
-    words = ["data=synthetic_tiny", "handler=alpha158", label, "fit=false", "ways=[scale]"]
+    words = ["data=synthetic_tiny", "handler=alpha158", label, "fit=false", "methods=[scale]"]
     assert main(["probe", *words, "+dataset.horizon=0"]) == 1
     assert "purge" in capsys.readouterr().out

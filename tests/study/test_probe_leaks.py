@@ -23,7 +23,7 @@ from qtorch.data.processor import (
     TimeRangeFlt,
     ZScoreNorm,
 )
-from qtorch.data.source.changed import WAYS
+from qtorch.data.source.changed import METHODS
 from qtorch.data.source.frame import FrameSource
 from qtorch.model.tabular.linear import LinearModel
 from qtorch.study import probe
@@ -38,9 +38,9 @@ SEGMENTS = {
 }
 
 
-def variants(first: Any, *others: Any) -> list[Any]:
+def variants(first: Any, *further: Any) -> list[Any]:
     """Return cases of a leak, of which all but the first are slow tests."""
-    return [first, *(pytest.param(each, marks=pytest.mark.slow) for each in others)]
+    return [first, *(pytest.param(each, marks=pytest.mark.slow) for each in further)]
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +71,13 @@ def make_handler(source, loader=None, infer=(), learn=("DropnaLabel",), instrume
 
 
 def probe_handler(
-    handler, cls=DatasetH, *, ways=("scale",), accept=(), model=None, **options
+    handler, cls=DatasetH, *, methods=("scale",), accept=(), model=None, **options
 ) -> ProbeReport:
-    """Probe a dataset of the handler at one date; by default only one way, to save time."""
+    """Probe a dataset of the handler at one date; by default only one method, to save time."""
     dataset = cls(handler, SEGMENTS, **options)
-    return probe(dataset, model, dates=["2018-10-16"], ways=ways, accept=accept, fit=bool(model))
+    return probe(
+        dataset, model, dates=["2018-10-16"], methods=methods, accept=accept, fit=bool(model)
+    )
 
 
 @cache
@@ -116,7 +118,7 @@ def check_clean(report: ProbeReport) -> None:
 def test_a_clean_pipeline_has_no_leak(market):
     infer = [RobustZScoreNorm(fields_group="feature"), Fillna(fields_group="feature")]
     handler = make_handler(market, infer=infer)
-    report = probe_handler(handler, TSDatasetH, ways=WAYS, step_len=5)
+    report = probe_handler(handler, TSDatasetH, methods=METHODS, step_len=5)
     check_clean(report)
     assert report.line("label").detail == "looks 2 days ahead; declared: 2"
     for name in ("features", "processed features", "windows", "day batches", "fills", "universe"):
@@ -270,10 +272,10 @@ def test_membership_known_only_at_the_end(market, kind):
         source = FrameSource(dying.panel(), universes={"index": spans})
         dying, universe = source, "index"
     handler = make_handler(dying, loader, infer, instruments=universe)
-    report = probe_handler(handler, ways=["delete"])
+    report = probe_handler(handler, methods=["delete"])
     name = {"filter": "universe", "processor": "rows"}.get(kind, "survivors")
     check_leak(report, name)
-    check_clean(probe_handler(make_handler(dying, instruments="all"), ways=["delete"]))
+    check_clean(probe_handler(make_handler(dying, instruments="all"), methods=["delete"]))
 
 
 @cache
@@ -407,9 +409,9 @@ def test_rows_that_vanish_because_of_their_label(market, kind):
         groups = y.groupby(level="datetime")
         z = (y - groups.transform("mean")) / groups.transform("std")
         is_test = frame.index.get_level_values(0) >= "2018-09-03"
-        check_clean(probe_handler(frame_handler(frame), horizon=2, ways=["delete"]))
+        check_clean(probe_handler(frame_handler(frame), horizon=2, methods=["delete"]))
         handler = frame_handler(frame[~(is_test & (z.abs() > 2.0))])
-        check_leak(probe_handler(handler, horizon=2, ways=["delete"]), "label tails")
+        check_leak(probe_handler(handler, horizon=2, methods=["delete"]), "label tails")
 
 
 @cache
@@ -448,7 +450,7 @@ def test_a_late_train_segment_after_an_embargo_is_clean(market):
     check_clean(probe(DatasetH(make_handler(market), segments)))
 
 
-# -- other ways of loading -------------------------------------------------------------------------
+# -- other loaders -------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_other_datasets_and_ways_are_refused():
     with pytest.raises(ConfigError, match="DatasetH"):
         probe(pd.DataFrame())
     with pytest.raises(ConfigError, match="Did you mean 'shuffle'"):
-        probe(pd.DataFrame(), ways=["shuffl"])
+        probe(pd.DataFrame(), methods=["shuffl"])
 
 
 def test_cells_differ_beyond_float32_arithmetic():

@@ -188,7 +188,7 @@ class DataHandler(Configured, Serializable):
         handler._discard_data()
         return handler
 
-    def loaded_view(self) -> View | None:
+    def get_loaded_view(self) -> View | None:
         """Return the raw data as far as it is loaded; its columns may be only those needed."""
         return self._raw
 

@@ -19,7 +19,7 @@ from qtorch.data.panel.panel import Panel
 from qtorch.data.panel.view import View
 from qtorch.data.source.base import Bars, Membership, Source
 
-WAYS: tuple[str, ...] = ("scale", "shuffle", "delete")
+METHODS: tuple[str, ...] = ("scale", "shuffle", "delete")
 # A changed price is three times the true one, times a lognormal factor of its own day. A constant
 # factor would not be seen by features that are ratios.
 LEVEL, SPREAD = 3.0, 0.4
@@ -33,7 +33,7 @@ VOLUME_FIELDS = frozenset(["volume", "amount", "turnover"])
 class FutureChange:
     """What a copy of data has different after an instant, and the gaps that it has before it.
 
-    `after`: values later than this are changed; None changes nothing. `way`: "scale" multiplies
+    `after`: values later than this are changed; None changes nothing. `method`: "scale" multiplies
     them by random factors (the same for all prices of an instrument and day, so that open, high,
     low and close stay consistent), "shuffle" permutes each instrument's days, "delete" ends half
     of the instruments and removes days of the others. `gaps`: before each of these dates (itself
@@ -42,13 +42,13 @@ class FutureChange:
     """
 
     after: pd.Timestamp | None = None
-    way: str = "scale"
+    method: str = "scale"
     gaps: tuple[pd.Timestamp, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.way not in WAYS:
-            raise ConfigError(unknown_name_message("way to change data", self.way, WAYS))
+        if self.method not in METHODS:
+            raise ConfigError(unknown_name_message("method to change data", self.method, METHODS))
 
     def change_source(self, source: Source) -> Source:
         """Return a source of the changed bars."""
@@ -59,7 +59,9 @@ class FutureChange:
         first = self.first_row(view.calendar)
         is_gap = torch.from_numpy(self.gap_cells(view.calendar, list(view.instruments)))
         rows, history = view.rows.clone(), view.history.clone()
-        orders, factors, removals = self._draw_all(view.instruments, len(view.calendar) - first)
+        orders, factors, removals = self._draw_all(
+            list(view.instruments), len(view.calendar) - first
+        )
         for mask in (rows, history):
             mask[first:] = _shuffle(mask[first:], orders) & ~removals
         groups = dict(view.groups)
@@ -89,20 +91,20 @@ class FutureChange:
 
     def factors(self, name: str, num_rows: int) -> np.ndarray:
         """Draw the factors of an instrument's prices and volumes, `[num_rows, 2]` float32."""
-        if self.way != "scale":
+        if self.method != "scale":
             return np.ones((num_rows, 2), np.float32)
         draws = self._generator(name).normal(0, SPREAD, (num_rows, 2))
         return (LEVEL * np.exp(draws)).astype(np.float32)
 
     def day_order(self, name: str, num_rows: int) -> np.ndarray:
         """Draw the row that each changed row of an instrument takes its values from."""
-        if self.way != "shuffle":
+        if self.method != "shuffle":
             return np.arange(num_rows)
         return self._generator(name).permutation(num_rows)
 
     def missing_days(self, name: str, num_rows: int) -> np.ndarray:
         """Draw which changed rows of an instrument are removed, `[num_rows]` bool."""
-        if self.way != "delete":
+        if self.method != "delete":
             return np.zeros(num_rows, bool)
         if self.is_delisted(name):
             return np.ones(num_rows, bool)
@@ -110,7 +112,7 @@ class FutureChange:
 
     def is_delisted(self, name: str) -> bool:
         """Whether an instrument ends at the instant."""
-        return self.way == "delete" and crc32(f"{self.seed} {name}".encode()) % 2 == 0
+        return self.method == "delete" and crc32(f"{self.seed} {name}".encode()) % 2 == 0
 
     def gap_cells(self, calendar: pd.DatetimeIndex, names: Sequence[str]) -> np.ndarray:
         """Return which cells `[D, N]` are gaps; `names` are all instruments of the data."""
@@ -125,7 +127,7 @@ class FutureChange:
         return cells
 
     def _generator(self, name: str) -> np.random.Generator:
-        return np.random.default_rng([self.seed, WAYS.index(self.way), crc32(name.encode())])
+        return np.random.default_rng([self.seed, METHODS.index(self.method), crc32(name.encode())])
 
     def _draw_all(self, names: Sequence[str], num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Draw orders `[R, N]`, factors `[R, N, 2]` and removed cells `[R, N]` of instruments."""
@@ -153,7 +155,7 @@ class ChangedSource(Source):
     def read_membership(self, universe: str) -> Membership:
         membership = self.source.read_membership(universe)
         after = self.change.after
-        if self.change.way != "delete" or after is None:
+        if self.change.method != "delete" or after is None:
             return membership
         changed: Membership = {}
         for name, spans in membership.items():
@@ -231,7 +233,7 @@ class ChangedSource(Source):
     ) -> None:
         """Change `values [F, R, N]` of the rows from `first` to the calendar's end, in place."""
         num_rows = values.shape[1]
-        if self.change.way == "shuffle":
+        if self.change.method == "shuffle":
             for k, (name, (begin, end)) in enumerate(zip(instruments, spans.tolist(), strict=True)):
                 part = slice(max(begin - first, 0), end + 1 - first)
                 if part.stop > part.start:

@@ -22,7 +22,7 @@ MAX_NAMES = 3
 
 
 class Moves:
-    """The cells that moved, collected over dates and ways; `name` is the line of the report."""
+    """The cells that moved, collected over dates and methods; `name` is the line of the report."""
 
     def __init__(self, name: str, unit: str = "cells") -> None:
         self.name, self.unit = name, unit
@@ -30,14 +30,14 @@ class Moves:
         self.columns: Counter[str] = Counter()
         self.days_before = 0
         self.example = ""
-        self.ways: set[str] = set()
+        self.methods: set[str] = set()
 
     def record(self, num_compared: int) -> None:
         """Count cells that were compared."""
         self.num_compared += num_compared
 
     def add(
-        self, count: int, column: str, days_before: int, example: str, way: str | None = None
+        self, count: int, column: str, days_before: int, example: str, method: str | None = None
     ) -> None:
         """Add moved cells of a column; `days_before`: how many days before the change at most."""
         if not count:
@@ -46,8 +46,8 @@ class Moves:
         self.num_moved += count
         self.columns[column] += count
         self.days_before = max(self.days_before, days_before)
-        if way is not None:
-            self.ways.add(way)
+        if method is not None:
+            self.methods.add(method)
 
     def line(self, stable: str, empty: str = "there is none") -> Line:
         """Return the line of the report; `stable` says what did not move."""
@@ -56,12 +56,14 @@ class Moves:
         if not self.num_moved:
             return Line(self.name, OK, f"{self.num_compared:,} {self.unit}: {stable}")
         names = [name for name, _ in self.columns.most_common(MAX_NAMES)]
-        more = f" and {len(self.columns) - MAX_NAMES} more" if len(self.columns) > MAX_NAMES else ""
-        ways = f" ({', '.join(sorted(self.ways))})" if self.ways else ""
+        suffix = (
+            f" and {len(self.columns) - MAX_NAMES} more" if len(self.columns) > MAX_NAMES else ""
+        )
+        methods = f" ({', '.join(sorted(self.methods))})" if self.methods else ""
         detail = (
             f"{self.num_moved:,} of {self.num_compared:,} {self.unit} move when later data changes"
-            f"{ways}, up to {format_count(self.days_before, 'day')} before it: "
-            f"{', '.join(names)}{more}; e.g. {self.example}"
+            f"{methods}, up to {format_count(self.days_before, 'day')} before it: "
+            f"{', '.join(names)}{suffix}; e.g. {self.example}"
         )
         return Line(self.name, LEAK, detail)
 
@@ -122,7 +124,7 @@ def compare_columns(
     changed: Columns,
     rows: slice,
     *,
-    way: str,
+    method: str,
 ) -> None:
     """Compare columns on the base's rows, of which the last is that before the change.
 
@@ -134,7 +136,7 @@ def compare_columns(
     for part in column_parts(base.names):
         names = [n for n in part if n in kept_names]
         for name in set(part) - kept_names:
-            parts[0][0].add(int(cells.sum()), name, len(dates), f"column {name} is missing", way)
+            parts[0][0].add(int(cells.sum()), name, len(dates), f"column {name} is missing", method)
         if not names:
             continue
         values = base.block(names, rows=rows).cpu()
@@ -145,7 +147,7 @@ def compare_columns(
         for k in torch.nonzero(moved.flatten(1).any(1))[:, 0].tolist():
             for moves, part_cells in parts:
                 pair = (values[k], other_values[k])
-                _add_column(moves, names[k], moved[k] & part_cells, pair, base, rows, way)
+                _add_column(moves, names[k], moved[k] & part_cells, pair, base, rows, method)
 
 
 def _add_column(
@@ -155,7 +157,7 @@ def _add_column(
     pair: tuple[Tensor, Tensor],
     base: Columns,
     rows: slice,
-    way: str,
+    method: str,
 ) -> None:
     cells = torch.nonzero(moved)
     if not len(cells):
@@ -166,11 +168,11 @@ def _add_column(
         f"{name} of {base.instruments[place]} on {date:%Y-%m-%d} was {pair[0][row, place]:.4g} and "
         f"became {pair[1][row, place]:.4g}"
     )
-    moves.add(len(cells), name, len(moved) - int(cells[:, 0].min()), example, way)
+    moves.add(len(cells), name, len(moved) - int(cells[:, 0].min()), example, method)
 
 
 def compare_masks(
-    moves: Moves, base: View, changed: View, masks: tuple[Tensor, Tensor], stop: int, *, way: str
+    moves: Moves, base: View, changed: View, masks: tuple[Tensor, Tensor], stop: int, *, method: str
 ) -> None:
     """Compare masks of two views on all rows before `stop`, for the instruments of both."""
     instruments = base.instruments.union(changed.instruments)
@@ -184,4 +186,4 @@ def compare_masks(
         row, place = cells[-1].tolist()
         change = "enters" if second[row, place] else "leaves"
         example = f"{instruments[place]} {change} on {dates[row]:%Y-%m-%d}"
-        moves.add(len(cells), "rows", stop - int(cells[:, 0].min()), example, way)
+        moves.add(len(cells), "rows", stop - int(cells[:, 0].min()), example, method)

@@ -25,7 +25,7 @@ MIN_LEADING_DAYS, MIN_FILLED = 3, 3
 MAX_PAIRS = 400
 
 
-def loaded_columns(subject: Subject) -> dict[str, Columns]:
+def load_columns(subject: Subject) -> dict[str, Columns]:
     """Return the numbers as they were loaded, without gaps: bars of the source, or a frame."""
     source = subject.source
     if source is not None:
@@ -64,8 +64,8 @@ def normalisation_line(subject: Subject, columns: dict[str, Columns]) -> Line:
             for column, values in zip(part, group.block(part).cpu(), strict=True):
                 leaks += [f"{column} {fault}" for fault in _column_faults(values, train)]
     if leaks:
-        more = f" and {len(leaks) - 3} more" if len(leaks) > 3 else ""
-        return Line(name, LEAK, f"{'; '.join(leaks[:3])}{more}")
+        suffix = f" and {len(leaks) - 3} more" if len(leaks) > 3 else ""
+        return Line(name, LEAK, f"{'; '.join(leaks[:3])}{suffix}")
     count = sum(len(group.names) for group in columns.values())
     return Line(name, OK, f"{format_count(count, 'column')}: no statistic of all days is exact")
 

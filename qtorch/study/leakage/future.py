@@ -25,7 +25,7 @@ from qtorch.study.leakage.comparison import (
     read_cells,
 )
 from qtorch.study.leakage.report import LEAK, OK, UNKNOWN, Line
-from qtorch.study.leakage.subject import Subject, learn_view, load_labels, loaded_view
+from qtorch.study.leakage.subject import Subject, get_loaded_view, learn_view, load_labels
 
 LABEL = "label"
 ROWS_BEFORE = 256  # rows before a date on which columns are compared
@@ -55,7 +55,7 @@ class FutureCheck:
         self.score_note = "no fitted model was given"
         self.label_reaches: dict[str, int] = {}  # days that each label looks ahead, as measured
         self._views = {"infer": subject.base.view(), "learn": learn_view(subject.base)}
-        self._raw = loaded_view(subject.base)
+        self._raw = get_loaded_view(subject.base)
         self._base_scores: dict[pd.Timestamp, pd.Series] = {}
         self._score_dataset: DatasetH | None = None
 
@@ -64,11 +64,11 @@ class FutureCheck:
         """How many days the labels look ahead at most, as measured; 0 if none moved."""
         return max(self.label_reaches.values(), default=0)
 
-    def run(self, ways: Sequence[str]) -> list[Line]:
-        """Compare every date and way; return the lines of the report."""
+    def run(self, methods: Sequence[str]) -> list[Line]:
+        """Compare every date and method; return the lines of the report."""
         for date in self.subject.dates:
-            for way in ways:
-                self._compare_copy(date, way)
+            for method in methods:
+                self._compare_copy(date, method)
         return self.lines()
 
     def lines(self) -> list[Line]:
@@ -89,31 +89,33 @@ class FutureCheck:
 
     # -- views ---------------------------------------------------------------------------------
 
-    def _compare_copy(self, date: pd.Timestamp, way: str) -> None:
-        changed = self.subject.changed(date, way)
+    def _compare_copy(self, date: pd.Timestamp, method: str) -> None:
+        changed = self.subject.copy_future(date, method)
         if self.subject.is_fit_window(date) and isinstance(changed.handler, DataHandlerLP):
             # The processors may know their fit window: compare what they do, not what they learn.
-            self._load_state(changed, self.subject.fitted_state())
+            self._load_state(changed, self.subject.get_fitted_state())
         infer = changed.view()
-        self._compare_raw(loaded_view(changed), date, way)
+        self._compare_raw(get_loaded_view(changed), date, method)
         base = self._views["infer"]
-        stop = _row_after(base, date)
-        compare_masks(self.rows, base, infer, (base.rows, infer.rows), stop, way=way)
-        compare_masks(self.rows, base, infer, (base.history, infer.history), stop, way=way)
-        self._compare_groups(self.processed, base, infer, stop, way)
+        stop = _stop_row(base, date)
+        compare_masks(self.rows, base, infer, (base.rows, infer.rows), stop, method=method)
+        compare_masks(self.rows, base, infer, (base.history, infer.history), stop, method=method)
+        self._compare_groups(self.processed, base, infer, stop, method)
         self._measure_label(changed, date)
-        self._compare_learn(changed, date, way)
-        self._compare_samples(changed, date, way)
+        self._compare_learn(changed, date, method)
+        self._compare_samples(changed, date, method)
         if self.model is not None:
-            self._compare_scores(changed, date, way)
+            self._compare_scores(changed, date, method)
 
-    def _compare_raw(self, raw: View, date: pd.Timestamp, way: str) -> None:
+    def _compare_raw(self, raw: View, date: pd.Timestamp, method: str) -> None:
         base = self._raw
-        stop = _row_after(base, date)
-        compare_masks(self.universe, base, raw, (base.rows, raw.rows), stop, way=way)
-        self._compare_groups(self.features, base, raw, stop, way)
+        stop = _stop_row(base, date)
+        compare_masks(self.universe, base, raw, (base.rows, raw.rows), stop, method=method)
+        self._compare_groups(self.features, base, raw, stop, method)
 
-    def _compare_groups(self, moves: Moves, base: View, changed: View, stop: int, way: str) -> None:
+    def _compare_groups(
+        self, moves: Moves, base: View, changed: View, stop: int, method: str
+    ) -> None:
         """Compare every group but the label; cells in gaps belong to the line `fills`."""
         rows = slice(max(0, stop - ROWS_BEFORE), stop)
         cells, is_gap = base.history[rows].cpu(), self.subject.gap_cells(base)[rows]
@@ -123,12 +125,16 @@ class FutureCheck:
                 continue
             changed_columns = changed.groups.get(group)
             if changed_columns is None:
-                moves.add(int(cells.sum()), group, len(cells), f"the group {group} is missing", way)
+                moves.add(
+                    int(cells.sum()), group, len(cells), f"the group {group} is missing", method
+                )
                 continue
-            compare_columns(parts, columns, changed_columns, rows, way=way)
+            compare_columns(parts, columns, changed_columns, rows, method=method)
             shared = columns.keep(market_columns(columns, cells, rows))
             if shared.names:
-                compare_columns([(self.market, cells)], shared, changed_columns, rows, way=way)
+                compare_columns(
+                    [(self.market, cells)], shared, changed_columns, rows, method=method
+                )
 
     def _measure_label(self, changed: DatasetH, date: pd.Timestamp) -> None:
         """Measure how many days before the change a raw label moves: so far it looks ahead."""
@@ -140,22 +146,24 @@ class FutureCheck:
         cells = torch.ones(stop - rows.start, len(base.instruments), dtype=torch.bool)
         for name in base.names:
             moves = Moves(LABEL)
-            compare_columns([(moves, cells)], base.keep([name]), other, rows, way="")
+            compare_columns([(moves, cells)], base.keep([name]), other, rows, method="")
             self.label_reaches[name] = max(self.label_reaches.get(name, 0), moves.days_before)
 
-    def _compare_learn(self, changed: DatasetH, date: pd.Timestamp, way: str) -> None:
+    def _compare_learn(self, changed: DatasetH, date: pd.Timestamp, method: str) -> None:
         """Compare the data for learning up to the last day whose label is known on the date."""
         base, other = self._views["learn"], learn_view(changed)
-        stop = _row_after(base, date) - self.label_reach
+        stop = _stop_row(base, date) - self.label_reach
         if stop <= 0:
             return
-        compare_masks(self.learn, base, other, (base.rows, other.rows), stop, way=way)
+        compare_masks(self.learn, base, other, (base.rows, other.rows), stop, method=method)
         rows = slice(max(0, stop - ROWS_BEFORE), stop)
         for group, columns in base.groups.items():
             if columns is self._views["infer"].groups.get(group):
                 continue  # compared already
             other_columns = other.groups.get(group, columns)
-            compare_columns([(self.learn, base.rows[rows])], columns, other_columns, rows, way=way)
+            compare_columns(
+                [(self.learn, base.rows[rows])], columns, other_columns, rows, method=method
+            )
 
     # -- samples -------------------------------------------------------------------------------
 
@@ -165,31 +173,31 @@ class FutureCheck:
         last = min(len(calendar) - 1, row + DAYS_AFTER)
         return slice(calendar[max(0, row + 1 - DAYS_BEFORE)], calendar[last])
 
-    def _compare_samples(self, changed: DatasetH, date: pd.Timestamp, way: str) -> None:
+    def _compare_samples(self, changed: DatasetH, date: pd.Timestamp, method: str) -> None:
         base = early_samples(self.subject.base, self._span(date), date)
         other = early_samples(changed, self._span(date), date)
         num_missing = len(base.index.symmetric_difference(other.index))
         self.rows.record(len(base.index))
         example = f"the samples of {date:%Y-%m-%d}"
-        self.rows.add(num_missing, "samples", DAYS_BEFORE, example, way)
-        both = base.index.intersection(other.index)[:MAX_WINDOWS]
-        if not len(both):
+        self.rows.add(num_missing, "samples", DAYS_BEFORE, example, method)
+        shared_index = base.index.intersection(other.index)[:MAX_WINDOWS]
+        if not len(shared_index):
             return
-        first, second = (s.gather(both) for s in (base, other))
+        first, second = (s.gather(shared_index) for s in (base, other))
         for name, tensor in first.items():
             moves = self.windows if name == "x" else self.extras
-            _compare_tensors(moves, name, tensor, second[name], date, way)
+            _compare_tensors(moves, name, tensor, second[name], date, method)
         day_tensors = (base.gather_days(), other.gather_days())
         for name, tensor in day_tensors[0].items():
-            _compare_tensors(self.days, name, tensor, day_tensors[1][name], date, way)
+            _compare_tensors(self.days, name, tensor, day_tensors[1][name], date, method)
 
     # -- scores --------------------------------------------------------------------------------
 
-    def _compare_scores(self, changed: DatasetH, date: pd.Timestamp, way: str) -> None:
+    def _compare_scores(self, changed: DatasetH, date: pd.Timestamp, method: str) -> None:
         self._load_state(changed, self.state)
         try:
             if date not in self._base_scores:
-                base = self._scored_base()
+                base = self._get_scored_base()
                 scores = self.model.predict(base, self._span(date))
                 self._base_scores[date] = until(scores, date)
             scores = until(self.model.predict(changed, self._span(date)), date)
@@ -202,9 +210,9 @@ class FutureCheck:
             torch.from_numpy(s.reindex(index).to_numpy("float32", copy=True))
             for s in (first, scores)
         ]
-        _compare_tensors(self.scores, "score", tensors[0], tensors[1], date, way)
+        _compare_tensors(self.scores, "score", tensors[0], tensors[1], date, method)
 
-    def _scored_base(self) -> DatasetH:
+    def _get_scored_base(self) -> DatasetH:
         """Return a copy of the base with the model's own processors; the base keeps its own."""
         if self._score_dataset is None:
             self._score_dataset = self.subject.with_raw_view(self._raw)
@@ -278,9 +286,9 @@ def label_line(reach: int, has_labels: bool, declared: int | None) -> Line:
     if not has_labels:
         return Line(LABEL, UNKNOWN, "the data has no group 'label'")
     if not reach:
-        known = "" if declared is None else f"; declared: {declared} days"
+        declared_text = "" if declared is None else f"; declared: {declared} days"
         detail = "the labels do not come from the bars, so how far they look ahead is not measured"
-        return Line(LABEL, OK if declared is not None else UNKNOWN, f"{detail}{known}")
+        return Line(LABEL, OK if declared is not None else UNKNOWN, f"{detail}{declared_text}")
     if declared is None:
         detail = f"looks {reach} days ahead, but the dataset knows no horizon: pass horizon={reach}"
         return Line(LABEL, LEAK, detail)
@@ -290,20 +298,20 @@ def label_line(reach: int, has_labels: bool, declared: int | None) -> Line:
     return Line(LABEL, OK, f"looks {reach} days ahead; declared: {declared}")
 
 
-def _row_after(view: View, date: pd.Timestamp) -> int:
+def _stop_row(view: View, date: pd.Timestamp) -> int:
     return int(view.calendar.searchsorted(date, side="right"))
 
 
 def _compare_tensors(
-    moves: Moves, name: str, first: Tensor, second: Tensor, date: pd.Timestamp, way: str
+    moves: Moves, name: str, first: Tensor, second: Tensor, date: pd.Timestamp, method: str
 ) -> None:
     moves.record(first.numel())
     example = f"{name} up to {date:%Y-%m-%d}"
     if first.shape != second.shape:
-        moves.add(first.numel(), name, DAYS_BEFORE, f"{example} has another shape", way)
+        moves.add(first.numel(), name, DAYS_BEFORE, f"{example} has another shape", method)
         return
     columns = first.float().reshape(-1, first.shape[-1] if first.dim() > 1 else 1)
     scale = column_scales(columns.t()[:, None], torch.ones((), dtype=torch.bool)).reshape(1, -1)
     other_columns = second.float().reshape(columns.shape)
     moved = cells_differ(columns, other_columns, scale)
-    moves.add(int(moved.sum()), name, DAYS_BEFORE, example, way)
+    moves.add(int(moved.sum()), name, DAYS_BEFORE, example, method)

@@ -17,7 +17,7 @@ from qtorch.data.handler.handler import DK_I, DK_L, DataHandlerLP
 from qtorch.data.processor.cross_section import MAD_SCALE, day_median, day_rank_norm
 from qtorch.study.leakage.comparison import Moves, compare_columns, compare_masks
 from qtorch.study.leakage.report import LEAK, OK, UNKNOWN, Line
-from qtorch.study.leakage.subject import Subject, load_labels, loaded_view
+from qtorch.study.leakage.subject import Subject, get_loaded_view, load_labels
 
 LABEL = "label"
 ROWS_COMPARED = 256
@@ -37,7 +37,7 @@ def with_labels(subject: Subject, change: Any) -> DatasetH | None:
 
     Its processors are not fitted. None if the data has no labels.
     """
-    raw = loaded_view(subject.base)
+    raw = get_loaded_view(subject.base)
     labels = raw.groups.get(LABEL)
     if labels is None or not labels.names:
         return None
@@ -75,18 +75,18 @@ def label_rows_line(subject: Subject) -> Line:
     other = with_labels(subject, hide_labels)
     if other is None:
         return moves.line("", "the data has no group 'label'")
-    state = subject.fitted_state()
+    state = subject.get_fitted_state()
     if state is not None and isinstance(other.handler, DataHandlerLP):
         other.handler.load_fitted_state(state)
     base, changed = subject.base.view(), other.view()
     stop = len(base.calendar)
-    compare_masks(moves, base, changed, (base.rows, changed.rows), stop, way="labels")
-    compare_masks(moves, base, changed, (base.history, changed.history), stop, way="labels")
+    compare_masks(moves, base, changed, (base.rows, changed.rows), stop, method="labels")
+    compare_masks(moves, base, changed, (base.history, changed.history), stop, method="labels")
     rows = slice(max(0, stop - ROWS_COMPARED), stop)
     for group, columns in base.groups.items():
         if group != LABEL and group in changed.groups:
             cells = base.history[rows].cpu() & changed.history[rows].cpu()
-            compare_columns([(moves, cells)], columns, changed.groups[group], rows, way="labels")
+            compare_columns([(moves, cells)], columns, changed.groups[group], rows, method="labels")
     _compare_segments(moves, subject, other)
     line = moves.line("rows and features for prediction do not depend on labels")
     if line.verdict == LEAK:
@@ -229,7 +229,7 @@ def linear_ic(dataset: DatasetH, segment: str) -> np.ndarray | None:
     return ic if len(ic) > 2 else None
 
 
-def permuted_signal_line(subject: Subject) -> Line:
+def permutation_line(subject: Subject) -> Line:
     """Permute the labels of every day and learn from them: nothing can be left to find.
 
     A linear model that still ranks the permuted labels of the last segment has seen them.

@@ -144,7 +144,7 @@ def concepts_line(subject: Subject) -> Line:
     return Line(name, OK, "; ".join(texts) or "the tables are empty")
 
 
-def bound_extras_line(subject: Subject) -> Line:
+def extra_dates_line(subject: Subject) -> Line:
     """Bind every extra to a calendar that ends at a date: earlier values stay as they were."""
     name = "extras by date"
     if not subject.base.extras:

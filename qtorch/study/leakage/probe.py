@@ -10,11 +10,11 @@ from typing import Any
 from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.core.serial import State
 from qtorch.data.dataset.dataset import DatasetH
-from qtorch.data.source.changed import WAYS
+from qtorch.data.source.changed import METHODS
 from qtorch.process.heartbeat import beat
 from qtorch.study.leakage.content import (
     leading_fill_line,
-    loaded_columns,
+    load_columns,
     normalisation_line,
     pairing_line,
 )
@@ -23,9 +23,9 @@ from qtorch.study.leakage.labels import (
     label_columns_line,
     label_rows_line,
     label_tails_line,
-    permuted_signal_line,
+    permutation_line,
 )
-from qtorch.study.leakage.membership import bound_extras_line, concepts_line, survivors_line
+from qtorch.study.leakage.membership import concepts_line, extra_dates_line, survivors_line
 from qtorch.study.leakage.report import Line, ProbeReport, accept_lines
 from qtorch.study.leakage.segments import embargo_line, fit_window_line, purge_line
 from qtorch.study.leakage.subject import Subject, load_labels
@@ -38,7 +38,7 @@ def probe(
     model: Any = None,
     *,
     dates: Sequence[Any] | None = None,
-    ways: Sequence[str] = WAYS,
+    methods: Sequence[str] = METHODS,
     accept: Sequence[str] = (),
     fit: bool = False,
     seed: int = 0,
@@ -48,20 +48,20 @@ def probe(
     `dataset`: a DatasetH or TSDatasetH, which stays as it is; its processors are fitted again on
     each copy. `model`: a fitted model, whose scores are compared too; with `fit` it is fitted on
     the copy first. `dates`: the data is changed after each of them (default: one in the first and
-    one in the last segment after "train"). `ways`: "scale", "shuffle" and "delete", see
+    one in the last segment after "train"). `methods`: "scale", "shuffle" and "delete", see
     `FutureChange`. `accept`: names of lines whose leak is known and accepted.
 
-    Raises ConfigError for other datasets, unknown ways and dates outside the data.
+    Raises ConfigError for other datasets, unknown methods and dates outside the data.
     """
-    for way in ways:
-        if way not in WAYS:
-            raise ConfigError(unknown_name_message("way to change data", str(way), WAYS))
+    for method in methods:
+        if method not in METHODS:
+            raise ConfigError(unknown_name_message("method to change data", str(method), METHODS))
     begin = time.perf_counter()
     subject = Subject(dataset, dates=dates, seed=seed)
     log.info("probe: data changes after %s", ", ".join(f"{d:%Y-%m-%d}" for d in subject.dates))
-    state = _fitted_state(subject, model, fit)
+    state = _prepare_state(subject, model, fit)
     check = FutureCheck(subject, model, state)
-    lines = check.run(ways)
+    lines = check.run(methods)
     lines += _other_lines(subject, check)
     known_names = {line.name for line in lines}
     for name in accept:
@@ -69,17 +69,17 @@ def probe(
             raise ConfigError(unknown_name_message("line of a probe", str(name), known_names))
     facts = _facts(subject, model)
     facts["seconds"] = f"{time.perf_counter() - begin:.1f}"
-    return ProbeReport(accept_lines(lines, accept), subject.dates, tuple(ways), facts)
+    return ProbeReport(accept_lines(lines, accept), subject.dates, tuple(methods), facts)
 
 
-def _fitted_state(subject: Subject, model: Any, fit: bool) -> State | None:
+def _prepare_state(subject: Subject, model: Any, fit: bool) -> State | None:
     """Return the fitted processors that the model's scores need; fit the model if asked to."""
     if model is None:
         return None
     if fit:
         beat("probe", check="fit")
         model.fit(subject.base)
-        return subject.fitted_state()
+        return subject.get_fitted_state()
     handler = subject.dataset.handler
     if not getattr(handler, "get_fitted_state", None):
         return None
@@ -100,7 +100,7 @@ def _other_lines(subject: Subject, future: FutureCheck) -> list[Line]:
     names = () if labels is None else labels.names
     first_reach = future.label_reaches.get(names[0] if names else "", 0)
     first_reach = first_reach or (declared if len(names) == 1 else None)
-    columns = loaded_columns(subject)
+    columns = load_columns(subject)
     checks: tuple[Callable[[], Line], ...] = (
         lambda: label_line(measured_reach, labels is not None, declared),
         lambda: fit_window_line(subject),
@@ -109,13 +109,13 @@ def _other_lines(subject: Subject, future: FutureCheck) -> list[Line]:
         lambda: label_rows_line(subject),
         lambda: label_tails_line(subject),
         lambda: label_columns_line(subject, first_reach),
-        lambda: permuted_signal_line(subject),
+        lambda: permutation_line(subject),
         lambda: pairing_line(subject),
         lambda: normalisation_line(subject, columns),
         lambda: leading_fill_line(columns),
         lambda: survivors_line(subject),
         lambda: concepts_line(subject),
-        lambda: bound_extras_line(subject),
+        lambda: extra_dates_line(subject),
     )
     lines = []
     for check in checks:

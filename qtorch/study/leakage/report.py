@@ -26,13 +26,13 @@ class Line:
 class ProbeReport:
     """The verdicts of a probe.
 
-    `dates`: the dates after which the data was changed, `ways`: how, `facts`: what was probed,
+    `dates`: the dates after which the data was changed, `methods`: how, `facts`: what was probed,
     by name.
     """
 
     lines: list[Line]
     dates: list[pd.Timestamp] = field(default_factory=list)
-    ways: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
     facts: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -67,7 +67,7 @@ class ProbeReport:
             "leak": self.has_leak,
             "summary": self.summary(),
             "dates": [date.isoformat() for date in self.dates],
-            "ways": list(self.ways),
+            "methods": list(self.methods),
             "facts": dict(self.facts),
             "lines": [vars(line) for line in self.lines],
         }

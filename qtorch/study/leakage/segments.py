@@ -73,8 +73,10 @@ def purge_line(subject: Subject, reach: int | None) -> Line:
         if not starts or last is None:
             continue
         first = min(starts)
-        known, begin = (_day(subject.calendar, row) for row in (last + reach, first))
-        text = f"the last label of {name} is known on {known}, {starts[first]} begins on {begin}"
+        known_day, begin = (_day(subject.calendar, row) for row in (last + reach, first))
+        text = (
+            f"the last label of {name} is known on {known_day}, {starts[first]} begins on {begin}"
+        )
         (leaks if last + reach >= first else gaps).append(text)
     if leaks:
         return Line("purge", LEAK, "; ".join(leaks))

@@ -43,7 +43,7 @@ class Subject:
             else [_date_row(calendar, date) for date in dates]
         )
         self.dates: list[pd.Timestamp] = [calendar[row] for row in rows]
-        self.base = self.changed_dataset(self._change(None, "scale"))
+        self.base = self.copy_dataset(self._change(None, "scale"))
 
     @property
     def handler(self) -> DataHandler:
@@ -68,11 +68,11 @@ class Subject:
             self.dataset.handler.data_loader, QlibDataLoader
         )
 
-    def changed(self, date: pd.Timestamp, way: str) -> DatasetH:
+    def copy_future(self, date: pd.Timestamp, method: str) -> DatasetH:
         """Return the copy whose data after a date is changed."""
-        return self.changed_dataset(self._change(date, way))
+        return self.copy_dataset(self._change(date, method))
 
-    def changed_dataset(self, change: FutureChange) -> DatasetH:
+    def copy_dataset(self, change: FutureChange) -> DatasetH:
         """Return a copy of the dataset on changed data; its processors are not fitted."""
         return self.dataset.with_handler(self.dataset.handler.change_data(change))
 
@@ -81,10 +81,10 @@ class Subject:
         loader = ViewLoader(view, self.handler.data_loader)
         return self.base.with_handler(self.handler.with_loader(loader, None))
 
-    def _change(self, date: pd.Timestamp | None, way: str) -> FutureChange:
-        return FutureChange(date, way, tuple(self.dates), self.seed)
+    def _change(self, date: pd.Timestamp | None, method: str) -> FutureChange:
+        return FutureChange(date, method, tuple(self.dates), self.seed)
 
-    def fitted_state(self) -> State | None:
+    def get_fitted_state(self) -> State | None:
         """Return the fitted processors of the base copy; None if its handler has none."""
         handler = self.handler
         return handler.get_fitted_state() if isinstance(handler, DataHandlerLP) else None
@@ -134,10 +134,10 @@ def load_labels(dataset: DatasetH) -> Columns | None:
     return dataset.handler.view(DK_R, groups=["label"]).groups.get("label")
 
 
-def loaded_view(dataset: DatasetH) -> View:
+def get_loaded_view(dataset: DatasetH) -> View:
     """Return the raw data of a dataset; of a source only the columns that its processors need."""
     dataset.view()
-    return dataset.handler.loaded_view() or dataset.handler.view(DK_R)
+    return dataset.handler.get_loaded_view() or dataset.handler.view(DK_R)
 
 
 def learn_view(dataset: DatasetH) -> View:

@@ -10,7 +10,7 @@ import torch
 from qtorch.core.errors import ConfigError
 from qtorch.data import SyntheticSource
 from qtorch.data.panel.frames import view_from_frame
-from qtorch.data.source.changed import GAP_DAYS, WAYS, ChangedSource, FutureChange
+from qtorch.data.source.changed import GAP_DAYS, METHODS, ChangedSource, FutureChange
 
 AFTER = pd.Timestamp("2018-03-30")
 
@@ -20,10 +20,10 @@ def source() -> SyntheticSource:
     return SyntheticSource(12, "2018-01-01", "2018-06-29", num_sectors=2)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_only_bars_after_the_date_change(source, way):
+@pytest.mark.parametrize("method", METHODS)
+def test_only_bars_after_the_date_change(source, method):
     bars = source.load()
-    changed = ChangedSource(source, FutureChange(AFTER, way)).load()
+    changed = ChangedSource(source, FutureChange(AFTER, method)).load()
     is_late = bars.calendar > AFTER
     assert changed.calendar.equals(bars.calendar)
     early = [p.values[~is_late].nan_to_num(-1.0) for p in (bars, changed)]
@@ -53,8 +53,8 @@ def test_shuffled_bars_are_those_of_other_days(source):
 
 
 def test_parts_of_changed_bars_are_those_of_the_whole(source):
-    for way in WAYS:
-        changed = ChangedSource(source, FutureChange(AFTER, way, (AFTER,)))
+    for method in METHODS:
+        changed = ChangedSource(source, FutureChange(AFTER, method, (AFTER,)))
         whole = changed.load(["close", "volume"])
         names = list(whole.instruments[3:7])
         span = {"start_time": "2018-04-09", "end_time": "2018-05-31"}
@@ -62,18 +62,18 @@ def test_parts_of_changed_bars_are_those_of_the_whole(source):
         expected = whole.select(
             fields=["volume"], instruments=names, start="2018-04-09", end="2018-05-31"
         )
-        assert torch.equal(part.values.nan_to_num(-1.0), expected.values.nan_to_num(-1.0)), way
-        assert torch.equal(part.mask, expected.mask), way
+        assert torch.equal(part.values.nan_to_num(-1.0), expected.values.nan_to_num(-1.0)), method
+        assert torch.equal(part.mask, expected.mask), method
 
 
 def test_delete_ends_spans_and_memberships(source):
     changed = ChangedSource(source, FutureChange(AFTER, "delete"))
     members, old_members = changed.read_membership("all"), source.read_membership("all")
     ends = {n: spans[-1][1] for n, spans in members.items()}
-    ended = [n for n, end in ends.items() if end == AFTER and old_members[n][-1][1] > AFTER]
-    assert 3 <= len(ended) < len(members)
+    leavers = [n for n, end in ends.items() if end == AFTER and old_members[n][-1][1] > AFTER]
+    assert 3 <= len(leavers) < len(members)
     bars = changed.load(["close"])
-    columns = bars.instruments.get_indexer(pd.Index(ended))
+    columns = bars.instruments.get_indexer(pd.Index(leavers))
     assert bool(bars.values[bars.calendar > AFTER][:, columns].isnan().all())
     assert not bool(bars.mask[bars.calendar > AFTER][:, columns].any())
     assert changed.fingerprint() != source.fingerprint()
@@ -92,23 +92,23 @@ def test_gaps_are_the_same_in_every_copy(source):
     assert not bool(new_gaps[:-GAP_DAYS].any())
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_views_of_frames_change_after_the_date(way):
+@pytest.mark.parametrize("method", METHODS)
+def test_views_of_frames_change_after_the_date(method):
     rng = np.random.default_rng(0)
     days = pd.bdate_range("2018-03-01", "2018-05-01", name="datetime")
     index = pd.MultiIndex.from_product([days, list("ABCDEF")], names=["datetime", "instrument"])
     columns = pd.MultiIndex.from_tuples([("feature", "a"), ("label", "y")])
     frame = pd.DataFrame(rng.normal(size=(len(index), 2)), index, columns)
     view = view_from_frame(frame)
-    changed = FutureChange(AFTER, way).change_view(view)
+    changed = FutureChange(AFTER, method).change_view(view)
     is_late = torch.from_numpy(days > AFTER)
     for group, name in columns:
         old, new = view.group(group).column(name), changed.group(group).column(name)
         assert torch.equal(old[~is_late], new[~is_late])
         same = bool((old[is_late] == new[is_late]).all())
-        assert same == (way == "delete")
+        assert same == (method == "delete")
     assert bool(changed.rows[~is_late].all())
-    assert bool(changed.rows[is_late].all()) == (way != "delete")
+    assert bool(changed.rows[is_late].all()) == (method != "delete")
 
 
 def test_an_unknown_way_is_refused():
