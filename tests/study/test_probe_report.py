@@ -65,7 +65,7 @@ def test_default_dates_lie_after_the_train_segment():
         choose_rows(days[:8], {})
 
 
-def test_other_datasets_and_ways_are_refused():
+def test_other_datasets_and_methods_are_refused():
     with pytest.raises(ConfigError, match="DatasetH"):
         probe(pd.DataFrame())
     with pytest.raises(ConfigError, match="Did you mean 'shuffle'"):

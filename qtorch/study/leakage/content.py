@@ -73,7 +73,7 @@ def normalisation_line(subject: Subject, columns: dict[str, Columns]) -> Line:
 def _column_faults(values: Tensor, train: slice) -> list[str]:
     """Describe what is exact over all days of `values [D, N]` but not over the train days."""
     finite = values[values.isfinite()]
-    if len(finite) < 2 * MIN_CELLS or len(finite[:1000].unique()) < MIN_VALUES:
+    if len(finite) < 2 * MIN_CELLS or len(torch.unique(finite[:1000])) < MIN_VALUES:
         return []
     whole = _statistics(values.reshape(-1, 1))
     early = _statistics(values[train].reshape(-1, 1))
@@ -189,6 +189,7 @@ def _pair_faults(subject: Subject, segment: str, data_key: str) -> list[str]:
     dates = torch.from_numpy(view.calendar.get_indexer(index.get_level_values(0)))
     places = torch.from_numpy(view.instruments.get_indexer(index.get_level_values(1)))
     raw = subject.base.handler.view(DK_R, groups=[LABEL])
+    parts: list[tuple[str, Tensor | None, View, str, tuple[str, ...]]]
     parts = [("windows", last, view, "feature", samples.feature_names)]
     parts += [("labels", batch.y, view, LABEL, samples.label_names)]
     parts += [("raw labels", batch.extra.get("raw_label"), raw, LABEL, samples.label_names)]

@@ -173,7 +173,7 @@ def thin_rows(samples: Samples, num_days: int, max_rows: int) -> Tensor:
     per_day = max(1, len(samples) // max(1, samples.num_days))
     count = min(num_days, samples.num_days, max(2, max_rows // per_day))
     days = torch.unique(samples.date)
-    chosen = days[torch.linspace(0, len(days) - 1, count).round().long().unique()]
+    chosen = days[torch.unique(torch.linspace(0, len(days) - 1, count).round().long())]
     return torch.nonzero(torch.isin(samples.date, chosen))[:, 0]
 
 
@@ -199,8 +199,8 @@ def day_rank_ic(scores: Tensor, labels: Tensor, date: Tensor) -> np.ndarray:
         {"sy": centered["s"] * centered["y"], "ss": centered["s"] ** 2, "yy": centered["y"] ** 2}
     )
     sums = products.groupby(ranks["d"]).sum()
-    ic = sums["sy"] / np.sqrt(sums["ss"] * sums["yy"])
-    return ic[np.isfinite(ic)].to_numpy()
+    ic: np.ndarray = (sums["sy"] / np.sqrt(sums["ss"] * sums["yy"])).to_numpy()
+    return ic[np.isfinite(ic)]
 
 
 def linear_ic(dataset: DatasetH, segment: str) -> np.ndarray | None:

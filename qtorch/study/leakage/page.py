@@ -15,7 +15,7 @@ def write_page(report: ProbeReport, path: Path) -> Path:
     facts = {
         "Result": report.summary(),
         "Changes after": ", ".join(f"{date:%Y-%m-%d}" for date in report.dates),
-        "Ways": ", ".join(report.methods),
+        "Changes": ", ".join(report.methods),
         **{name.capitalize(): text for name, text in report.facts.items()},
     }
     values = {"title": "Probe for leaks of the future", "facts": facts, "lines": report.lines}

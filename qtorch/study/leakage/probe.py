@@ -98,8 +98,8 @@ def _other_lines(subject: Subject, future: FutureCheck) -> list[Line]:
     reach = measured_reach or declared
     # The first label's own reach; that of one of several labels is unknown unless it is measured.
     names = () if labels is None else labels.names
-    first_reach = future.label_reaches.get(names[0] if names else "", 0)
-    first_reach = first_reach or (declared if len(names) == 1 else None)
+    measured_first = future.label_reaches.get(names[0] if names else "", 0)
+    first_reach = measured_first or (declared if len(names) == 1 else None)
     columns = load_columns(subject)
     checks: tuple[Callable[[], Line], ...] = (
         lambda: label_line(measured_reach, labels is not None, declared),
