@@ -275,7 +275,12 @@ def test_membership_known_only_at_the_end(market, kind):
     report = probe_handler(handler, methods=["delete"])
     name = {"filter": "universe", "processor": "rows"}.get(kind, "survivors")
     check_leak(report, name)
-    check_clean(probe_handler(make_handler(dying, instruments="all"), methods=["delete"]))
+
+
+@pytest.mark.slow
+def test_a_universe_that_instruments_leave_is_clean():
+    handler = make_handler(dying_market(), instruments="all")
+    check_clean(probe_handler(handler, methods=["delete"]))
 
 
 @cache
