@@ -20,7 +20,8 @@ qtorch probe: look for leaks of the future in a configuration or a run
 usage: qtorch probe [GROUP=OPTION ...] [KEY=VALUE ...] [run=RUN_ID] [dates=[DATE,...]]
                     [methods=[scale,shuffle,delete]] [accept=[NAME,...]] [json=FILE] [page=FILE]
 
-  run      probe the dataset and the fitted model of a finished run
+  run      probe the dataset and the fitted model of a finished run: its ID, its first digits, its
+           name, or latest
   dates    the data after each of these dates is changed; default: one in the first and one in the
            last segment after train
   methods  scale: multiply later values by random factors; shuffle: permute later days; delete: end
