@@ -184,8 +184,8 @@ class ChangedSource(Source):
             spans = self._end_spans(spans, instruments, first)
         return Bars(values[:, rows.start - start : rows.stop - start], spans - rows.start)
 
-    def fields(self, freq: str = "day") -> tuple[str, ...]:
-        return self.source.fields(freq)
+    def fields(self, freq: str | None = None) -> tuple[str, ...]:
+        return self.source.fields() if freq is None else self.source.fields(freq)
 
     def universes(self) -> tuple[str, ...]:
         return self.source.universes()

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from qtorch.core.errors import ConfigError
-from qtorch.data import SyntheticSource
+from qtorch.data import QlibSource, SyntheticSource, TableSource
 from qtorch.data.panel.frames import view_from_frame
+from qtorch.data.source.base import Source
 from qtorch.data.source.changed import GAP_DAYS, METHODS, ChangedSource, FutureChange
+from qtorch.data.source.frame import FrameSource
 
 AFTER = pd.Timestamp("2018-03-30")
 
@@ -109,6 +111,21 @@ def test_views_of_frames_change_after_the_date(method):
         assert same == (method == "delete")
     assert bool(changed.rows[~is_late].all())
     assert bool(changed.rows[is_late].all()) == (method != "delete")
+
+
+def overridden_methods() -> set[str]:
+    """The methods of Source that a class of this package overrides."""
+    classes = {
+        c for s in (QlibSource, TableSource, FrameSource, SyntheticSource) for c in s.__mro__
+    }
+    classes = {c for c in classes if issubclass(c, Source) and c is not Source}
+    return {name for c in classes for name in vars(c) if callable(getattr(Source, name, None))}
+
+
+def test_methods_that_sources_override_are_passed_on():
+    names = {n for n in overridden_methods() if not n.startswith("__")}
+    assert {"read_bars", "instrument_names"} <= names
+    assert names <= set(vars(ChangedSource))
 
 
 def test_an_unknown_way_is_refused():
