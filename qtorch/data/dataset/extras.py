@@ -62,8 +62,12 @@ class Concepts(Extra):
     def __init__(self, table: pd.DataFrame | str | Path) -> None:
         self.table = table
 
+    def memberships(self) -> pd.DataFrame:
+        """Return the table: instrument, concept, start and end (NaT is open)."""
+        return _read_memberships(self.table)
+
     def bind(self, calendar: pd.DatetimeIndex, instruments: pd.Index) -> Gatherable:
-        frame = read_memberships(self.table)
+        frame = self.memberships()
         names = sorted(frame["concept"].unique())
         frame = frame[frame["instrument"].isin(instruments)]
         instrument_index = torch.as_tensor(instruments.get_indexer(pd.Index(frame["instrument"])))
@@ -130,8 +134,7 @@ def check_extras(extras: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(extras or {})
 
 
-def read_memberships(table: Any) -> pd.DataFrame:
-    """Return a concept table with the columns instrument, concept, start and end (NaT: open)."""
+def _read_memberships(table: Any) -> pd.DataFrame:
     if isinstance(table, str | Path):
         path = Path(table)
         if not path.exists():

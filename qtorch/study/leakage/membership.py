@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from qtorch.data.dataset.extras import Concepts, Extra, Gatherable, read_memberships
+from qtorch.data.dataset.extras import Concepts, Extra, Gatherable
 from qtorch.data.source.base import Membership, Source
 from qtorch.study.leakage.comparison import cells_differ
 from qtorch.study.leakage.report import LEAK, OK, UNKNOWN, WARNING, Line
@@ -122,13 +122,13 @@ def _frame_survivors(subject: Subject) -> Line:
 def concepts_line(subject: Subject) -> Line:
     """Tell whether the concepts of an instrument have dates, or are those of the table's day."""
     name = "concepts"
-    tables = {k: e.table for k, e in subject.base.extras.items() if isinstance(e, Concepts)}
+    tables = {k: e for k, e in subject.base.extras.items() if isinstance(e, Concepts)}
     if not tables:
         return Line(name, OK, "the dataset has no concepts")
     calendar = subject.calendar
     leaks, texts = [], []
     for extra, table in tables.items():
-        frame = read_memberships(table)
+        frame = table.memberships()
         if not len(frame):
             continue
         is_constant = frame["start"].isna() | (frame["start"] <= calendar[0])
