@@ -51,7 +51,7 @@ class Moves:
 
     def line(self, stable: str, empty: str = "there is none") -> Line:
         """Return the line of the report; `stable` says what did not move."""
-        if not self.num_compared:
+        if not self.num_compared and not self.num_moved:
             return Line(self.name, UNKNOWN, empty)
         if not self.num_moved:
             return Line(self.name, OK, f"{self.num_compared:,} {self.unit}: {stable}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qtorch.core.dates import date_rows
 from qtorch.core.errors import DataError, format_count
 from qtorch.data.dataset.dataset import TRAIN
 from qtorch.data.handler.handler import DK_I, DK_L, DK_R
 from qtorch.data.panel.columns import Columns, PanelColumns, column_parts
-from qtorch.data.panel.panel import Panel
 from qtorch.data.panel.view import View
 from qtorch.study.leakage.comparison import cells_differ
 from qtorch.study.leakage.labels import thin_rows
@@ -57,7 +57,7 @@ def normalisation_line(subject: Subject, columns: dict[str, Columns]) -> Line:
     leaks = []
     for group in columns.values():
         days = group.calendar
-        train = slice(0, Panel(torch.empty(len(days), 0, 0), days, [], []).rows(start, end).stop)
+        train = slice(0, date_rows(days, start, end).stop)
         if not 0 < train.stop < len(days):
             continue
         for part in column_parts(group.names):
