@@ -198,8 +198,9 @@ def day_rank_ic(scores: Tensor, labels: Tensor, date: Tensor) -> np.ndarray:
     products = pd.DataFrame(
         {"sy": centered["s"] * centered["y"], "ss": centered["s"] ** 2, "yy": centered["y"] ** 2}
     )
-    sums = products.groupby(ranks["d"]).sum()
-    ic: np.ndarray = (sums["sy"] / np.sqrt(sums["ss"] * sums["yy"])).to_numpy()
+    sums = products.groupby(ranks["d"]).sum().to_numpy()
+    with np.errstate(invalid="ignore"):  # a day of equal scores has no IC
+        ic: np.ndarray = sums[:, 0] / np.sqrt(sums[:, 1] * sums[:, 2])
     return ic[np.isfinite(ic)]
 
 

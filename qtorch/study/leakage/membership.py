@@ -126,7 +126,8 @@ def concepts_line(subject: Subject) -> Line:
     if not tables:
         return Line(name, OK, "the dataset has no concepts")
     calendar = subject.calendar
-    leaks, texts = [], []
+    leaks: list[str] = []
+    texts: list[str] = []
     for extra, table in tables.items():
         frame = table.memberships()
         if not len(frame):

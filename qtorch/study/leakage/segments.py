@@ -61,7 +61,8 @@ def purge_line(subject: Subject, reach: int | None) -> Line:
     """
     if reach is None:
         return Line("purge", UNKNOWN, "how far the label looks ahead is unknown")
-    leaks, gaps = [], []
+    leaks: list[str] = []
+    gaps: list[str] = []
     names = [name for name in LEARNT if name in subject.base.segments]
     for name in names:
         rows = subject.segment_rows(name)

@@ -101,7 +101,7 @@ class Subject:
         """Whether a date lies in the train segment, whose data the processors may know."""
         if TRAIN not in self.base.segments:
             return False
-        return date <= self.calendar[self.segment_rows(TRAIN).stop - 1]
+        return bool(date <= self.calendar[self.segment_rows(TRAIN).stop - 1])
 
     def segment_rows(self, name: str) -> slice:
         """Return the calendar rows of a segment."""
