@@ -200,8 +200,9 @@ def day_rank_ic(scores: Tensor, labels: Tensor, date: Tensor) -> np.ndarray:
     )
     sums = products.groupby(ranks["d"]).sum().to_numpy()
     with np.errstate(invalid="ignore"):  # a day of equal scores has no IC
-        ic: np.ndarray = sums[:, 0] / np.sqrt(sums[:, 1] * sums[:, 2])
-    return ic[np.isfinite(ic)]
+        ic = sums[:, 0] / np.sqrt(sums[:, 1] * sums[:, 2])
+    finite: np.ndarray = ic[np.isfinite(ic)]
+    return finite
 
 
 def linear_ic(dataset: DatasetH, segment: str) -> np.ndarray | None:
