@@ -24,6 +24,7 @@ COMMANDS = {
     "export": ("qtorch.cli.export", "export the network of a run: run=ID format=onnx out=FILE"),
     "report": ("qtorch.cli.report", "HTML report of a run, or a comparison: runs=[ID,...]"),
     "replay": ("qtorch.cli.replay", "repeat a finished run and compare the results: run=ID"),
+    "probe": ("qtorch.cli.probe", "look for leaks of the future: of a configuration, or run=ID"),
     "rolling": ("qtorch.cli.rolling", "rolling retraining and evaluation: model=gru step=40"),
     "worker": ("qtorch.cli.worker", "train tasks from a task pool: pool=NAME url=... devices=..."),
     "tasks": ("qtorch.cli.tasks", "manage a task pool: list, stat, show, wait, retry, remove, ..."),

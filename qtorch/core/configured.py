@@ -9,7 +9,7 @@ import inspect
 from abc import ABCMeta
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from qtorch.core.errors import ArgumentError, ConfigError, check_name
 from qtorch.core.names import import_path
@@ -19,6 +19,8 @@ from qtorch.core.plain import (
     is_plain_scalar,
     resolve_config,
 )
+
+T = TypeVar("T")
 
 
 class ConfiguredMeta(ABCMeta):
@@ -58,6 +60,13 @@ class Configured(metaclass=ConfiguredMeta):
         """
         config: dict[str, Any] = plain_value(self._arguments, type(self).__name__)
         return {"_target_": import_path(type(self)), **config}
+
+
+def copy_attributes(instance: T) -> T:
+    """Return a shallow copy with all attributes, also those that a pickle leaves out."""
+    other: T = object.__new__(type(instance))
+    vars(other).update(vars(instance))
+    return other
 
 
 def constructor_signature(cls: type) -> inspect.Signature:

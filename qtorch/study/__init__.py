@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from qtorch.study.export import ExportResult as ExportResult
     from qtorch.study.export import export_model as export_model
     from qtorch.study.export import load_network as load_network
+    from qtorch.study.leakage.probe import probe as probe
+    from qtorch.study.leakage.report import ProbeReport as ProbeReport
     from qtorch.study.replay import Replay as Replay
     from qtorch.study.replay import replay_run as replay_run
     from qtorch.study.rolling import RollingResult as RollingResult

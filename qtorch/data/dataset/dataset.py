@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qtorch.core.configured import Configured
+from qtorch.core.configured import Configured, copy_attributes
 from qtorch.core.dates import as_stamp, last_instant, parse_period
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
@@ -254,6 +254,13 @@ class DatasetH(Dataset):
             self.handler.set_source(source)
         if handler_kwargs is not None:
             self._bind_handler().setup_data(**handler_kwargs)
+
+    def with_handler(self, handler: DataHandler) -> Self:
+        """Return a dataset with the same settings on another handler."""
+        dataset = copy_attributes(self)
+        dataset.handler = handler
+        dataset._arguments = {**self._arguments, "handler": handler}
+        return dataset
 
     def fingerprint(self) -> str:
         """Return a hash of the content of the underlying data."""

@@ -66,8 +66,12 @@ class Concepts(Extra):
     def __init__(self, table: pd.DataFrame | str | Path) -> None:
         self.table = table
 
+    def memberships(self) -> pd.DataFrame:
+        """Return the table: instrument, concept, start and end (NaT is open)."""
+        return _read_memberships(self.table)
+
     def bind(self, calendar: pd.DatetimeIndex, instruments: pd.Index) -> Gatherable:
-        frame = _read_memberships(self.table)
+        frame = self.memberships()
         names = sorted(frame["concept"].unique())
         frame = frame[frame["instrument"].isin(instruments)]
         instrument_index = torch.as_tensor(instruments.get_indexer(pd.Index(frame["instrument"])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 import pandas as pd
 
-from qtorch.core.configured import Configured
+from qtorch.core.configured import Configured, copy_attributes
 from qtorch.core.errors import ConfigError, DataError, NotFittedError, unknown_name_message
 from qtorch.core.serial import Serializable, State
 from qtorch.core.session import session
@@ -24,7 +25,7 @@ from qtorch.data.handler.fetch import (
     select_column_set,
     squeeze_frame,
 )
-from qtorch.data.handler.loader import DataLoader, StaticDataLoader, build_loader
+from qtorch.data.handler.loader import DataChange, DataLoader, StaticDataLoader, build_loader
 from qtorch.data.panel.frames import index_frame
 from qtorch.data.panel.infinite import infinity_policy
 from qtorch.data.panel.view import View
@@ -173,6 +174,25 @@ class DataHandler(Configured, Serializable):
         self.source = build_source(source)
         self._arguments = {**self._arguments, "source": self.source}
         self._discard_data()
+
+    def change_data(self, change: DataChange) -> Self:
+        """Return a handler of changed data with the same settings; nothing is loaded or fitted."""
+        source = None if self.source is None else change.change_source(self.source)
+        return self.with_loader(self.data_loader.change_data(change), source)
+
+    def with_loader(self, data_loader: DataLoader, source: Source | None) -> Self:
+        """Return a handler with the same settings that loads its data from another loader.
+
+        Nothing is loaded, and processors are neither shared nor fitted.
+        """
+        handler = copy_attributes(self)
+        handler.data_loader, handler.source, handler.cache = data_loader, source, False
+        handler._discard_data()
+        return handler
+
+    def get_loaded_view(self) -> View | None:
+        """Return the raw data as far as it is loaded; its columns may be only those needed."""
+        return self._raw
 
     def fingerprint(self) -> str:
         """Return a hash of the content of the data that the handler reads."""
@@ -525,6 +545,14 @@ class DataHandlerLP(DataHandler):
             self._arguments = {**self._arguments, **processors}
         super().config(*args, **kwargs)
 
+    def with_loader(self, data_loader: DataLoader, source: Source | None) -> Self:
+        handler = super().with_loader(data_loader, source)
+        for name in ("shared_processors", "infer_processors", "learn_processors"):
+            setattr(handler, name, [_copy_processor(p) for p in getattr(self, name)])
+        handler.is_fitted = handler.is_learn_fitted = handler.is_frozen = False
+        handler.drop_raw = False
+        return handler
+
     def _discard_data(self) -> None:
         super()._discard_data()
         self._is_raw_complete = False
@@ -612,6 +640,13 @@ class DataHandlerLP(DataHandler):
         df = index_frame(df)
         parts = {"feature": df.drop(columns=names), "label": df[names]}
         return cls(data_loader=StaticDataLoader(parts), **options)
+
+
+def _copy_processor(processor: Processor) -> Processor:
+    """Return a copy that shares no fitted state; a pickle would leave out some attributes."""
+    other = copy_attributes(processor)
+    vars(other).update(copy.deepcopy(vars(processor)))
+    return other
 
 
 def _select_label(view: View) -> View | None:

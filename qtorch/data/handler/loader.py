@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 
@@ -44,6 +45,16 @@ log = logging.getLogger(__name__)
 
 MODULE = "qtorch.data"
 POINT_IN_TIME = re.compile(r"\$\$|\bP(Ref)?\s*\(")
+
+
+class DataChange(Protocol):
+    """A change of the data that loaders read, such as `FutureChange`."""
+
+    def change_source(self, source: Source) -> Source:
+        """Return a source of the changed bars."""
+
+    def change_view(self, view: View) -> View:
+        """Return the changed view of data that has no source of bars."""
 
 
 @trust_subclasses
@@ -96,6 +107,13 @@ class DataLoader(Configured, ABC):
     def needs_source(self) -> bool:
         """Whether the loader reads a source of bars and has none of its own."""
         return False
+
+    def change_data(self, change: DataChange) -> DataLoader:
+        """Return a loader of changed data; the caller changes the handler's source.
+
+        Here the result of `view` is changed, because its data may come from anywhere.
+        """
+        return ChangedLoader(self, change)
 
     def fingerprint(self, source: Source | None = None) -> str:
         """Return a hash of the content that is loaded.
@@ -163,6 +181,12 @@ class QlibDataLoader(DataLoader):
 
     def needs_source(self) -> bool:
         return self._own_source is None
+
+    def change_data(self, change: DataChange) -> DataLoader:
+        loader = copy.copy(self)
+        if self._own_source is not None:
+            loader._own_source = change.change_source(self._own_source)
+        return loader
 
     def fingerprint(self, source: Source | None = None) -> str:
         return self._resolve_source(source).fingerprint()
@@ -365,6 +389,11 @@ class StaticDataLoader(DataLoader):
             )
         return fingerprint if source is None else digest([fingerprint, source.fingerprint()])
 
+    def change_data(self, change: DataChange) -> DataLoader:
+        loader = copy.copy(self)
+        loader._view = change.change_view(self._read() if self._view is None else self._view)
+        return loader
+
     def _files_fingerprint(self) -> str | None:
         """Return a hash of the files and frames; None if there is no file."""
         parts = self.config if isinstance(self.config, Mapping) else {FLAT: self.config}
@@ -411,6 +440,11 @@ class NestedDataLoader(DataLoader):
     def needs_source(self) -> bool:
         return any(loader.needs_source() for loader in self._loaders)
 
+    def change_data(self, change: DataChange) -> DataLoader:
+        loader = copy.copy(self)
+        loader._loaders = [each.change_data(change) for each in self._loaders]
+        return loader
+
     def fingerprint(self, source: Source | None = None) -> str:
         return digest([loader.fingerprint(source) for loader in self._loaders])
 
@@ -445,6 +479,39 @@ class LoaderAdapter(DataLoader):
     ) -> pd.DataFrame:
         frame: pd.DataFrame = self.loader.load(instruments, start_time, end_time)
         return frame
+
+
+class ChangedLoader(DataLoader):
+    """The data of another loader after a change."""
+
+    def __init__(self, loader: DataLoader, change: DataChange) -> None:
+        self.loader = loader
+        self.change = change
+
+    def view(
+        self,
+        instruments: Any = None,
+        start_time: Any = None,
+        end_time: Any = None,
+        *,
+        source: Source | None = None,
+        columns: Names | None = None,
+    ) -> View:
+        dates = (start_time, end_time)
+        view = self.loader.view(instruments, *dates, source=source, columns=columns)
+        return self.change.change_view(view)
+
+    def names(self) -> Names | None:
+        return self.loader.names()
+
+    def horizon(self, group: str = "label") -> int | None:
+        return self.loader.horizon(group)
+
+    def needs_source(self) -> bool:
+        return self.loader.needs_source()
+
+    def fingerprint(self, source: Source | None = None) -> str:
+        return digest([self.loader.fingerprint(source), repr(self.change)])
 
 
 def build_loader(config: Any) -> DataLoader:

@@ -1,0 +1,1 @@
+"""The probe for leaks of the future: `qtorch.study.probe` and its checks."""
