@@ -337,7 +337,9 @@ class RollingGen(TaskGen):
                 )
             except CalendarEndError:
                 return
-            if pd.Timestamp(segments[self.test_key][0]) > last:
+            test_start = segments[self.test_key][0]
+            assert test_start is not None, "shift raises at the calendar's end"
+            if pd.Timestamp(test_start) > last:
                 return
             yield self._move_task(task, base[self.train_key], segments, last)
 
