@@ -210,7 +210,9 @@ def superiority_test(
     return SuperiorityTest(
         best=str(names[ratios.argmax()]),
         statistic=statistic,
-        **p_values,
+        p_value=p_values["p_value"],
+        lower=p_values["lower"],
+        upper=p_values["upper"],
         reality_check=reality_check,
         num_strategies=strategies,
         num_days=days,
