@@ -210,7 +210,9 @@ def superiority_test(
     return SuperiorityTest(
         best=str(names[ratios.argmax()]),
         statistic=statistic,
-        **p_values,
+        p_value=p_values["p_value"],
+        lower=p_values["lower"],
+        upper=p_values["upper"],
         reality_check=reality_check,
         num_strategies=strategies,
         num_days=days,
@@ -274,7 +276,8 @@ def _long_run_errors(values: np.ndarray, restart: float) -> np.ndarray:
         weight += lag / days * (1 - restart) ** (days - lag)
         if weight > 1e-12:
             total += 2 * weight * (deviations[lag:] * deviations[:-lag]).sum(0) / days
-    return np.sqrt(total.clip(min=0))
+    errors: np.ndarray = np.sqrt(total.clip(min=0))
+    return errors
 
 
 def _bootstrap_means(values: np.ndarray, restart: float, num_samples: int, seed: int) -> np.ndarray:
@@ -288,4 +291,5 @@ def _bootstrap_means(values: np.ndarray, restart: float, num_samples: int, seed:
     chosen = (np.take_along_axis(starts, first, 1) + position - first) % days
     cells = (np.arange(num_samples)[:, None] * days + chosen).ravel()
     weights = np.bincount(cells, minlength=num_samples * days).reshape(num_samples, days)
-    return weights.astype(np.float64) @ values / days
+    means: np.ndarray = weights.astype(np.float64) @ values / days
+    return means

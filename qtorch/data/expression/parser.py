@@ -300,7 +300,8 @@ Parsing: TypeAlias = Generator[Any, Any, Node]
 
 def _run(parsing: Parsing) -> Node:
     """Run a method of the parser with an explicit stack of calls, however deep the text nests."""
-    calls, node = [parsing], None
+    calls = [parsing]
+    node: Node | None = None
     while calls:
         try:
             calls.append(calls[-1].send(node))

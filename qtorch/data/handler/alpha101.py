@@ -436,9 +436,8 @@ class Alpha101DL(QlibDataLoader):
         """Set the expressions for the classifications that the source has as fields."""
         stored = [g for g in GROUPS if g in source.fields(self.freq)]
         features = alpha101(groups={g: g for g in stored}, **self._options)
-        self._fields[FEATURE] = dict(
-            reversed(pair) for pair in zip(*select_features(features, self._columns), strict=True)
-        )
+        expressions, names = select_features(features, self._columns)
+        self._fields[FEATURE] = dict(zip(names, expressions, strict=True))
         if stored:
             log.info("Alpha101 is neutralised by %s", ", ".join(stored))
         else:
