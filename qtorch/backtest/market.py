@@ -127,7 +127,7 @@ class Market:
 
         The proceeds of a sale pay for the costs of the next even if cash settles later.
         """
-        rows = self._tradable_orders(sales, False) if len(sales.amount) else ()
+        rows = self._tradable_orders(sales, False)
         if not len(rows):
             return Fills.empty(len(sales.amount))
         trades = self._size_trades(
@@ -323,12 +323,12 @@ class _Preview(NamedTuple):
 
 def _book_fills(book: Callable[..., None], trades: _Trades, value: Floats, cost: Floats) -> None:
     """Book the trades that were executed: those with a value."""
-    arrays = trades.member, trades.instrument, value, cost, trades.price
     is_executed = value > 0
     if not is_executed.all():
-        arrays = tuple(array[is_executed] for array in arrays)
-    if len(arrays[0]):
-        book(*arrays)
+        trades = trades.select(is_executed.nonzero()[0])
+        value, cost = value[is_executed], cost[is_executed]
+    if len(value):
+        book(trades.member, trades.instrument, value, cost, trades.price)
 
 
 def _count_earlier_orders(member: Indices) -> Indices:
