@@ -308,8 +308,14 @@ class _Trades:
     buying: bool
 
     def select(self, rows: Indices) -> _Trades:
-        arrays = (self.member, self.instrument, self.amount, self.price, self.ratio)
-        return _Trades(*(array[rows] for array in arrays), self.buying)
+        return _Trades(
+            self.member[rows],
+            self.instrument[rows],
+            self.amount[rows],
+            self.price[rows],
+            self.ratio[rows],
+            self.buying,
+        )
 
 
 class _Preview(NamedTuple):

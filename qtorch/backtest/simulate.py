@@ -79,7 +79,7 @@ class Rows:
     def of_member(self, member: int) -> Indices:
         """The rows of a member, bar by bar."""
         order, members = self._member_order
-        first, last = np.searchsorted(members, [member, member + 1])
+        first, last = members.searchsorted(np.array([member, member + 1]))
         return order[first:last]
 
 
