@@ -44,7 +44,7 @@ class Auditor:
         self.orders, self.positions = ledger.orders, ledger.positions
         self.executed = np.flatnonzero(self.orders.column("deal_amount"))
         self.sign = np.where(self.orders.column("buying") > 0, 1.0, -1.0)
-        self.low_high_rows = np.zeros(0, dtype=np.intp)
+        self.low_high_rows: Indices = np.zeros(0, dtype=np.intp)
 
     def check(self) -> Audit:
         """Return what was compared; raises AuditError with the first faults of each kind."""

@@ -127,7 +127,7 @@ class Market:
 
         The proceeds of a sale pay for the costs of the next even if cash settles later.
         """
-        rows = self._tradable_orders(sales, False) if len(sales.amount) else ()
+        rows = self._tradable_orders(sales, False)
         if not len(rows):
             return Fills.empty(len(sales.amount))
         trades = self._size_trades(
@@ -308,8 +308,14 @@ class _Trades:
     buying: bool
 
     def select(self, rows: Indices) -> _Trades:
-        arrays = (self.member, self.instrument, self.amount, self.price, self.ratio)
-        return _Trades(*(array[rows] for array in arrays), self.buying)
+        return _Trades(
+            self.member[rows],
+            self.instrument[rows],
+            self.amount[rows],
+            self.price[rows],
+            self.ratio[rows],
+            self.buying,
+        )
 
 
 class _Preview(NamedTuple):
@@ -323,12 +329,12 @@ class _Preview(NamedTuple):
 
 def _book_fills(book: Callable[..., None], trades: _Trades, value: Floats, cost: Floats) -> None:
     """Book the trades that were executed: those with a value."""
-    arrays = trades.member, trades.instrument, value, cost, trades.price
     is_executed = value > 0
     if not is_executed.all():
-        arrays = tuple(array[is_executed] for array in arrays)
-    if len(arrays[0]):
-        book(*arrays)
+        trades = trades.select(is_executed.nonzero()[0])
+        value, cost = value[is_executed], cost[is_executed]
+    if len(value):
+        book(trades.member, trades.instrument, value, cost, trades.price)
 
 
 def _count_earlier_orders(member: Indices) -> Indices:

@@ -35,7 +35,7 @@ class BacktestResult:
         all_members: list[str] | None = None,
     ) -> None:
         self.members, self.freq = list(members), exchange.freq
-        self.dates = pd.DatetimeIndex(ledger.dates, name="datetime")
+        self.dates = pd.DatetimeIndex(ledger.dates.to_numpy(), name="datetime")
         self._ledger, self._bench = ledger, bench
         self._exchange, self._quotes = exchange, quotes
         self._all_members = all_members or self.members
@@ -140,7 +140,7 @@ class BacktestResult:
         member_rows = rows.of_member(k)
         index = pd.MultiIndex(
             levels=[self.dates, self._quotes.instruments],  # type: ignore[list-item]  # the stubs allow only lists
-            codes=[rows.bar[member_rows], rows.instrument[member_rows]],  # type: ignore[list-item]  # same reason
+            codes=[rows.bar[member_rows], rows.instrument[member_rows]],
             names=["datetime", "instrument"],
         ).remove_unused_levels()
         return pd.DataFrame(rows.values[member_rows], index=index, columns=list(rows.names))

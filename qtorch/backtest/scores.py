@@ -114,7 +114,7 @@ class Scores:
         self._is_overwritten = len(np.unique(used_bars)) < len(used_bars)
         self._names, self._name_codes = names, name_codes[rows]
         self._bars, self._rows, self._scores = bars[rows], rows, scores.to_numpy()
-        self.has_scores = np.zeros(len(calendar), dtype=np.bool_)
+        self.has_scores: NDArray[np.bool_] = np.zeros(len(calendar), dtype=np.bool_)
         self.has_scores[self._bars] = True
 
     def align(self, instruments: pd.Index) -> NDArray[Any]:
@@ -134,7 +134,7 @@ class Scores:
                     self._rows[has_score], m
                 ]
             return values
-        edges = np.searchsorted(self._bars, np.arange(shape[0] + 1))
+        edges = self._bars.searchsorted(np.arange(shape[0] + 1))
         for bar in np.flatnonzero(self.has_scores):
             part = slice(edges[bar], edges[bar + 1])
             values[bar][:, columns[part]] = scores[self._rows[part]].T

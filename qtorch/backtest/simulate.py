@@ -79,7 +79,7 @@ class Rows:
     def of_member(self, member: int) -> Indices:
         """The rows of a member, bar by bar."""
         order, members = self._member_order
-        first, last = np.searchsorted(members, [member, member + 1])
+        first, last = members.searchsorted(np.array([member, member + 1]))
         return order[first:last]
 
 
@@ -168,6 +168,7 @@ def simulate(
     first = quotes.first
     ledger = Ledger(quotes.dates[first:], account, closes_endings=delisting != "keep")
     score_values = None if scores is None else scores.align(quotes.instruments)
+    has_scores = np.zeros(0) if scores is None else scores.has_scores
     traded_today = np.zeros_like(account.amount)
     days = quotes.dates.normalize()
     is_new_day = np.r_[True, np.asarray(days[1:] != days[:-1])]
@@ -185,7 +186,7 @@ def simulate(
             columns = np.flatnonzero(end_rows == row)
             _close_ended_positions(ledger, row - first, account, columns, delisting)
         score = None
-        if score_values is not None and row > 0 and scores.has_scores[row - 1]:
+        if score_values is not None and row > 0 and has_scores[row - 1]:
             score = np.asarray(score_values[row - 1], dtype=np.float64)
         context = StepContext(
             row - first,

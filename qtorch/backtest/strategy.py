@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -98,8 +97,8 @@ class Strategy(Configured, ABC):
 
     def read_risk_degree(self, step: int) -> float:
         """`get_risk_degree` of a bar; raises ConfigError unless it is a fraction from 0 to 1."""
-        degree = self.get_risk_degree(step)
-        if not isinstance(degree, numbers.Real) or not 0 <= degree <= 1:
+        degree: Any = self.get_risk_degree(step)  # a user's own method may return anything
+        if not isinstance(degree, int | float | np.number) or not 0 <= degree <= 1:
             raise ConfigError(
                 f"{type(self).__name__}.get_risk_degree({step}) is {degree!r}; expected a fraction "
                 "from 0 to 1."
@@ -272,7 +271,7 @@ class TopkDropoutStrategy(Strategy):
 
         `stream` separates the random numbers of purchases (0) and sales (1).
         """
-        is_drawn = np.zeros(len(places.member), dtype=np.bool_)
+        is_drawn: Bools = np.zeros(len(places.member), dtype=np.bool_)
         for member, count in enumerate(max_count):
             rows = np.flatnonzero(places.member == member)
             random = np.random.default_rng([self.seed, step, stream])
@@ -358,7 +357,7 @@ def _best_places(score: Floats, allowed: Bools, count: Floats) -> _Places:
     values = -score.ravel()[place]
     if num_members == 1:  # stable: equal scores stay in the order of their names
         place = place[values.argsort(kind="stable")]
-        member = np.zeros(len(place), dtype=np.intp)
+        member: Indices = np.zeros(len(place), dtype=np.intp)
     else:
         member = place // num_instruments
         order = np.lexsort((values, member))

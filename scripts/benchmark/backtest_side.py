@@ -45,6 +45,13 @@ def run_backtest(
     return time.perf_counter() - begin, result
 
 
+def measure_audit(result: Any) -> float:
+    """The seconds of `result.check()` on a result whose orders were not read before."""
+    begin = time.perf_counter()
+    result.check()
+    return time.perf_counter() - begin
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name")
@@ -59,6 +66,7 @@ def main() -> None:
     peak = PeakMemory()
     single_seconds = sorted(run_backtest(scores, source)[0] for _ in range(3))[1]
     single_mib = peak.mib
+    audit_seconds = measure_audit(run_backtest(scores, source)[1])
     random = np.random.default_rng(1)
     noise = {f"s{k}": scores + random.standard_normal(len(scores)) for k in range(COLUMNS)}
     frame = pd.DataFrame(noise)
@@ -76,6 +84,7 @@ def main() -> None:
             {
                 "one": single_seconds,
                 "one_mib": single_mib,
+                "audit": audit_seconds,
                 "singles": separate_seconds,
                 "many": batch_seconds,
                 "many_mib": mib,
