@@ -89,9 +89,9 @@ def test_max_steps_before_the_first_validation(dataset: ToyDataset) -> None:
 def test_overfit_batches_are_the_same_in_every_epoch(dataset: ToyDataset) -> None:
     watch = Watch()
     fit_model(dataset, epochs=3, callbacks=[watch], trainer={"overfit_batches": 2})
-    first, *others = [torch.cat(batches).sort().values for batches in watch.batches]
-    assert len(others) == 2
-    assert all(torch.equal(first, other) for other in others)
+    epochs = [torch.cat(batches).sort().values for batches in watch.batches]
+    assert len(epochs) == 3
+    assert all(torch.equal(epochs[0], epoch) for epoch in epochs)
 
 
 @pytest.mark.parametrize(
