@@ -113,7 +113,7 @@ def test_errors_suggest_the_nearest_valid_name(dataset: ToyDataset) -> None:
         ({"trainer": {"devices": 0}}, "number of devices"),
         ({"trainer": {"precision": "12-bit"}}, "rejects these trainer arguments"),
         ({"network": {"_target_": "qtorch.nn.Transformer", "nhead": 3}}, "multiple of nhead"),
-        ({"callbacks": [pl.callbacks.EMAWeightAveraging()]}, "best epoch"),
+        ({"callbacks": [pl.callbacks.StochasticWeightAveraging(0.1)]}, "EMAWeightAveraging"),
     ):
         with pytest.raises(ConfigError, match=text):
             make_model(**changes).fit(dataset)

@@ -506,7 +506,7 @@ class CheckpointCallback(Checkpoint):
             module.accumulator.clear_metrics()  # they do not belong to the end of the epoch
         else:
             names = self.validation_names
-            member_values = [self._logged_values(trainer, lambda name: name in names)]
+            member_values = [self._read_logged_metrics(trainer, lambda name: name in names)]
         self._has_validated = False  # what the epoch's end has to report
         for member, values in zip(self.members, member_values, strict=True):
             member.add_point(values, self._curve_step(trainer))
@@ -531,12 +531,12 @@ class CheckpointCallback(Checkpoint):
             ]
         # Without a validation at the epoch's end, the metrics of an earlier one are not repeated.
         old_names = set() if self._has_validated else self.validation_names
-        values = self._logged_values(trainer, lambda name: name not in old_names)
+        values = self._read_logged_metrics(trainer, lambda name: name not in old_names)
         if self._has_ever_validated:
             self._require_monitor(self.validation_names | set(values))
         return [values]
 
-    def _logged_values(
+    def _read_logged_metrics(
         self, trainer: pl.Trainer, is_included: Callable[[str], bool]
     ) -> dict[str, float]:
         """Return what a user's module has logged, the same on all ranks."""

@@ -77,7 +77,7 @@ def scheduler_plan(spec: Spec | SchedulerPlan | None) -> SchedulerPlan | None:
             check_name("option of scheduler", name, OPTIONS)
     factory = build_factory(spec, "scheduler")
     if options.get("interval") is None:
-        arguments = _configured_arguments(factory)
+        arguments = _keyword_arguments(factory)
         counts_steps = bool(_missing_lengths(factory)) or "total_steps" in arguments.values()
         options["interval"] = "step" if counts_steps else "epoch"
     plan = SchedulerPlan(factory, **options)
@@ -102,7 +102,7 @@ def complete_plan(plan: SchedulerPlan | None, length: TrainingLength) -> Schedul
     }
     arguments = {
         name: values[value]
-        for name, value in _configured_arguments(plan.factory).items()
+        for name, value in _keyword_arguments(plan.factory).items()
         if isinstance(value, str) and value in LENGTH_NAMES
     } | dict.fromkeys(_missing_lengths(plan.factory), values["total_steps"])
     if -1 in arguments.values():
@@ -114,13 +114,13 @@ def complete_plan(plan: SchedulerPlan | None, length: TrainingLength) -> Schedul
     return replace(plan, factory=partial(factory, **arguments) if arguments else factory)
 
 
-def _configured_arguments(factory: Any) -> dict[str, Any]:
+def _keyword_arguments(factory: Any) -> dict[str, Any]:
     return dict(factory.keywords) if isinstance(factory, partial) else {}
 
 
 def _missing_lengths(factory: Any) -> list[str]:
     """Return the names of the arguments that have to be filled in."""
-    arguments = _configured_arguments(factory)
+    arguments = _keyword_arguments(factory)
     if {"epochs", "steps_per_epoch"} <= set(arguments):
         return []  # OneCycleLR multiplies them
     try:
