@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtorch.cli.compose import compose_settings, resolve_segments
+from qtorch.cli.compose import compose_settings
 from qtorch.cli.guard import configure_process, handle_stop_signals
 from qtorch.cli.options import output_path
 from qtorch.core.errors import ConfigError
+from qtorch.trainer.segments import resolve_segments
 
 if TYPE_CHECKING:
     from qtorch.study.leakage.report import ProbeReport

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qtorch.cli.guard import configure_process
@@ -32,7 +32,7 @@ usage: qtorch runs [experiment=NAME] [status=FINISHED] [filter=EXPRESSION] [colu
 Where a command takes run=..., it accepts a run ID, its first digits (four or more), the name of a
 run (its newest), or `latest`: the newest finished run.
 """
-PARSERS = {
+PARSERS: dict[str, Callable[[str], Any]] = {
     "experiment": str,
     "status": str,
     "filter": str,
@@ -99,10 +99,10 @@ def _print_rows(rows: Sequence[RunRow], columns: Sequence[str] | None) -> None:
 
 def find_value(row: RunRow, name: str) -> float | str | None:
     """Return the metric, param or tag of a run with this name, or None."""
-    for values in (row.metrics, row.params, row.tags):
+    mappings: tuple[Mapping[str, float | str], ...] = (row.metrics, row.params, row.tags)
+    for values in mappings:
         if name in values:
-            value: float | str = values[name]  # type: ignore[index]  # one of three mappings
-            return value
+            return values[name]
     return None
 
 

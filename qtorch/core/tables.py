@@ -333,7 +333,9 @@ def text_names(names: Sequence[Any] | pd.Series | pd.Index) -> pd.Index:
         return pd.Index(names)
     codes, uniques = pd.factorize(pd.Series(names, dtype=None if len(names) else object))
     texts = [*_iterate_names(np.asarray(uniques, dtype=object).tolist()), None]
-    return pd.Index(texts, dtype="str").take(codes)  # the code of a missing name is -1
+    unique_names: pd.Index = pd.Index(texts, dtype="str")
+    result: pd.Index = unique_names.take(codes)  # the code of a missing name is -1
+    return result
 
 
 def _iterate_names(names: Iterable[Any]) -> Iterator[str]:

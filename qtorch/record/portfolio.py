@@ -307,9 +307,7 @@ def analyze_risk(
         f"{name}_without_cost": returns,
         f"{name}_with_cost": returns - report["cost"],
     }
-    return pd.concat(
-        {key: risk_analysis(r, periods, as_qlib=as_qlib) for key, r in series.items()}
-    )
+    return pd.concat({key: risk_analysis(r, periods, as_qlib=as_qlib) for key, r in series.items()})
 
 
 def _period_names(freqs: str | Sequence[str] | None, bars: str) -> list[str]:

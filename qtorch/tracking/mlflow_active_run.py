@@ -27,7 +27,8 @@ def activate_run(uri: str, row: RunRow) -> Callable[[], None]:
     of the user's own stays below it on the stack. The environment does not change, so that no
     child process inherits a URI with a password.
     """
-    earlier_uri = tracking_service._tracking_uri
+    service: Any = tracking_service  # its type says that the URI is None
+    earlier_uri = service._tracking_uri
     _set_tracking_uri(uri)
     info = RunInfo(
         row.id,
@@ -40,21 +41,23 @@ def activate_run(uri: str, row: RunRow) -> Callable[[], None]:
         artifact_uri=row.artifact_uri,
         run_name=row.name,
     )
-    active_run = fluent.ActiveRun(Run(info, RunData()))
+    active_run_class: Any = fluent.ActiveRun
+    active_run = active_run_class(Run(info, RunData()))
     _stack().append(active_run)
 
     def deactivate() -> None:
         # The run may end in another thread than the one in which it started.
         for stack in (_stack(), *fluent._active_run_stack.get_all_thread_values().values()):
             stack[:] = [r for r in stack if r is not active_run]
-        if tracking_service._tracking_uri == uri:  # else the user has set another one meanwhile
+        if service._tracking_uri == uri:  # else the user has set another one meanwhile
             _set_tracking_uri(earlier_uri)
 
     return deactivate
 
 
 def _stack() -> list[Any]:
-    stack: list[Any] = fluent._active_run_stack.get()
+    variable: Any = fluent._active_run_stack
+    stack: list[Any] = variable.get()
     return stack
 
 

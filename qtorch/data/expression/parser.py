@@ -331,7 +331,7 @@ class _Parser:
 
     def parse_binary(self, level: int) -> Parsing:
         self.enter_level(self.peek())
-        left = yield self.parse_unary()
+        left: Node = yield self.parse_unary()
         while (next_level := _LEVELS.get(self.peek_symbol(), 0)) >= level:
             token = self.advance()
             right = yield self.parse_binary(next_level + 1)
@@ -347,9 +347,10 @@ class _Parser:
     def parse_unary(self) -> Parsing:
         token = self.peek()
         if token.text not in ("-", "+", "~") or token.kind != "symbol":
-            return (yield self.parse_power())
+            power: Node = yield self.parse_power()
+            return power
         self.enter_level(self.advance())
-        operand = yield self.parse_unary()
+        operand: Node = yield self.parse_unary()
         self.depth -= 1
         span = Span(self.text, token.span.start, operand.span.end)
         if token.text == "~":
@@ -361,11 +362,12 @@ class _Parser:
         return _build_call("Mul", (operand, Number(-1, span)), span)
 
     def parse_power(self) -> Parsing:
-        base = yield self.parse_atom()
+        base: Node = yield self.parse_atom()
         if self.peek_symbol() != "**":
             return base
         self.advance()
-        return self.combine_operands("Power", base, (yield self.parse_unary()))
+        exponent: Node = yield self.parse_unary()
+        return self.combine_operands("Power", base, exponent)
 
     def parse_atom(self) -> Parsing:
         token = self.advance()
@@ -377,9 +379,10 @@ class _Parser:
         if token.kind == "text":
             return Text(token.text[1:-1], token.span)
         if token.kind == "name":
-            return (yield self.parse_call(token))
+            call: Node = yield self.parse_call(token)
+            return call
         if token.text == "(":
-            node = yield self.parse_binary(_COMPARISON)
+            node: Node = yield self.parse_binary(_COMPARISON)
             self.expect(")", parenthesis=token)
             return node
         if token.kind == "period":

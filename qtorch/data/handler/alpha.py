@@ -274,7 +274,7 @@ class _AlphaDL(QlibDataLoader):
         config: Mapping[str, Any] | None,
         filter_pipe: Sequence[Any] | None,
         swap_level: bool,
-        freq: str | Mapping[str, str],
+        freq: str | Mapping[str, str] | None,
         inst_processors: Sequence[Any] | Mapping[str, Any] | None,
         *,
         vwap: str | None,

@@ -331,7 +331,9 @@ class Source(Configured, ABC):
 def drop_nonmembers(panel: Panel) -> Panel:
     """Drop the instruments that are members on none of the panel's dates."""
     is_member = panel.mask.any(0).cpu().numpy()
-    return panel if is_member.all() else panel.select(instruments=panel.instruments[is_member])
+    if is_member.all():
+        return panel
+    return panel.select(instruments=list(panel.instruments[is_member]))
 
 
 def extend_to_day_end(ends: pd.DatetimeIndex) -> pd.DatetimeIndex:

@@ -146,8 +146,11 @@ class ChangedSource(Source):
     """
 
     def __init__(self, source: Source, change: FutureChange) -> None:
-        self.source = source
+        self.source, self.freq = source, source.freq
         self.change = change
+
+    def frequencies(self) -> tuple[str, ...]:
+        return self.source.frequencies()
 
     def read_calendar(self, freq: str) -> pd.DatetimeIndex:
         return self.source.read_calendar(freq)

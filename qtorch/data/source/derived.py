@@ -23,7 +23,7 @@ class DerivedSource(Source):
     """
 
     def __init__(self, source: Source, derived: Mapping[str, str | None]) -> None:
-        self.source = source
+        self.source, self.freq = source, source.freq
         self.derived = dict(derived)
         expressions = [e for e in self.derived.values() if e is not None]
         if max_reach(expressions) != (0, 0):
@@ -41,7 +41,10 @@ class DerivedSource(Source):
     def instrument_names(self) -> frozenset[str]:
         return self.source.instrument_names()
 
-    def fields(self, freq: str = "day") -> tuple[str, ...]:
+    def frequencies(self) -> tuple[str, ...]:
+        return self.source.frequencies()
+
+    def fields(self, freq: str | None = None) -> tuple[str, ...]:
         return (*self.source.fields(freq), *self.derived)
 
     def fingerprint(self) -> str:

@@ -541,7 +541,9 @@ class CheckpointCallback(Checkpoint):
     ) -> dict[str, float]:
         """Return what a user's module has logged, the same on all ranks."""
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if is_included(k)}
-        values = self.ranks.gather(values)[0]  # all ranks need the same history and best epoch
+        # All ranks need the same history and best epoch.
+        rank_values: list[dict[str, float]] = self.ranks.gather(values)
+        values = rank_values[0]
         self.monitor = find_metric(self.monitor, values)
         return values
 

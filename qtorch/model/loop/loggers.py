@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import Logger, MLFlowLogger
-from pytorch_lightning.loggers.logger import DummyExperiment, DummyLogger
+from pytorch_lightning.loggers.logger import (  # type: ignore[attr-defined]  # not in __all__
+    DummyExperiment,
+    DummyLogger,
+)
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.instantiate import flatten_dict, init_instance_by_config
