@@ -330,7 +330,8 @@ def text_names(names: Sequence[Any] | pd.Series | pd.Index) -> pd.Index:
     Raises DataError for truth values, which have lost the spelling of a name such as TRUE.
     """
     if isinstance(names, pd.Series | pd.Index) and isinstance(names.dtype, pd.StringDtype):
-        return pd.Index(names)
+        text_index: pd.Index = pd.Index(names)
+        return text_index
     codes, uniques = pd.factorize(pd.Series(names, dtype=None if len(names) else object))
     texts = [*_iterate_names(np.asarray(uniques, dtype=object).tolist()), None]
     unique_names: pd.Index = pd.Index(texts, dtype="str")
