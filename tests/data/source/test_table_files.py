@@ -49,6 +49,7 @@ def values(source) -> dict[str, list[float]]:
         ("a.csv", ROWS.replace("date,symbol,close", "TRADE_DATE,Ts Code,$Close"), {}),
         ("a.csv", ROWS.replace("date,symbol,close", "日期,股票代码,收盘"), {}),
     ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 10 else "",
 )
 def test_csv_files_of_many_kinds(tmp_path, name, content, options):
     path = tmp_path / name
