@@ -54,7 +54,10 @@ class Account:
             np.broadcast_to(price, shape).copy(),
             np.zeros(shape, dtype=np.int32),
             settle_cash,
-            *(np.zeros(num_members) for _ in range(4)),
+            np.zeros(num_members),
+            np.zeros(num_members),
+            np.zeros(num_members),
+            np.zeros(num_members),
         )
 
     @property
@@ -85,7 +88,8 @@ class Account:
     def sum_by_member(self, places: Indices, values: Floats) -> Floats:
         """Sum the values of positions to `[M]`, in the order of the places."""
         num_members, num_instruments = self.amount.shape
-        return np.bincount(places // num_instruments, values, minlength=num_members)
+        sums: Floats = np.bincount(places // num_instruments, values, num_members)
+        return sums
 
     def value(self) -> Floats:
         """`[M]`: cash (including unsettled cash) plus the value of the positions."""
@@ -208,8 +212,9 @@ class Orders:
 
     def select(self, mask: Bools) -> Self:
         """The orders for which `mask [K]` is True."""
-        arrays = (self.member, self.instrument, self.amount, self.buying)
-        return type(self)(*(array[mask] for array in arrays))
+        return type(self)(
+            self.member[mask], self.instrument[mask], self.amount[mask], self.buying[mask]
+        )
 
 
 @dataclass(frozen=True)
