@@ -51,7 +51,7 @@ def test_a_former_name_set_in_the_constructor_is_refused():
 
 
 def test_an_argument_that_happens_to_be_called_short_is_allowed():
-    with pytest.raises(AttributeError, match="amount"):  # the simulation begins
+    with pytest.raises(AttributeError, match="first"):  # the simulation begins
         simulate(None, None, ShortByArgument(5), None, None)
 
 

@@ -196,7 +196,7 @@ def test_run_is_exported_by_another_process(parent, qtorch_cli, folder):
 def test_export_reports_wrong_arguments(qtorch_cli):
     assert "Did you mean 'onnx'?" in qtorch_cli("export", "run=x", "format=onxn").error()
     assert "does not exist" in qtorch_cli("export", "run=x", "format=onnx", "out=a/m").error()
-    assert "could not read run 5" in qtorch_cli("export", "run=5", "format=torch").error()
+    assert "there is no tracking store" in qtorch_cli("export", "run=5", "format=torch").error()
     result = qtorch_cli("export", "--help")
     assert result.code == 0
     assert "Not included: the statistics" in result.out

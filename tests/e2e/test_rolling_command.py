@@ -82,7 +82,7 @@ def test_horizon_and_warm_start_options(qtorch_cli, folder):
         (["stp=40"], "Did you mean"),
         (["runner=rmm"], "Did you mean 'rm'"),
         (["rtype=slidin"], "Did you mean 'sliding'"),
-        (["step=0"], "at least one trading day"),
+        (["step=0"], "at least one bar"),
     ],
 )
 def test_wrong_arguments_give_a_one_line_error(qtorch_cli, words, message):

@@ -563,7 +563,10 @@ def check_segments(segments: Mapping[str, tuple[Any, Any]]) -> None:
 
 def _edge_text(edge: pd.Timestamp) -> str:
     """Format the edge of a segment, without the time if it is that of a whole day."""
-    is_whole_day = edge == edge.normalize() or edge == last_instant(edge.normalize())
+    if edge in (pd.Timestamp.min, pd.Timestamp.max):
+        return "the first bar" if edge == pd.Timestamp.min else "the last bar"
+    time = edge - edge.normalize()
+    is_whole_day = time in (pd.Timedelta(0), pd.Timedelta(days=1) - pd.Timedelta(1, "ns"))
     return f"{edge:%Y-%m-%d}" if is_whole_day else f"{edge:%Y-%m-%d %H:%M:%S}"
 
 
