@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,8 +88,9 @@ class Account:
     def sum_by_member(self, places: Indices, values: Floats) -> Floats:
         """Sum the values of positions to `[M]`, in the order of the places."""
         num_members, num_instruments = self.amount.shape
-        sums: Floats = np.bincount(places // num_instruments, values, num_members)
-        return sums
+        sums: Any = np.bincount(places // num_instruments, values, num_members)
+        result: Floats = sums  # weighted counts are float64, which the stubs do not say
+        return result
 
     def value(self) -> Floats:
         """`[M]`: cash (including unsettled cash) plus the value of the positions."""

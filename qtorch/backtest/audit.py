@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -209,7 +210,9 @@ class Auditor:
         """Sum values of rows by day and member `[D, M]`."""
         shape = self.ledger.totals["account"].shape
         place = rows.bar * shape[1] + rows.member
-        return np.bincount(place, values, minlength=shape[0] * shape[1]).reshape(shape)
+        sums: Any = np.bincount(place, values, minlength=shape[0] * shape[1])
+        result: Floats = sums.reshape(shape)  # float64, which the stubs do not say
+        return result
 
     def _describe(self, rows: Rows, faults: Indices, text: str) -> list[str]:
         """Describe rows, the numbers as `text` says with the columns by their names."""

@@ -114,7 +114,7 @@ def drop_zero_closes(close: Floats, instruments: pd.Index) -> Floats:
     """Replace the closes `[D, N]` that are not above zero by NaN, with a warning."""
     is_zero = close <= ZERO_PRICE
     if is_zero.any():
-        names = instruments[is_zero.any(axis=0)]
+        names = instruments[np.flatnonzero(is_zero.any(axis=0))]
         log.warning(
             "%d closes are zero or negative and count as missing bars: of %s%s.",
             is_zero.sum(),

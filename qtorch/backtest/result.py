@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -138,9 +138,10 @@ class BacktestResult:
     def _frame(self, rows: Rows, k: int) -> pd.DataFrame:
         """A member's rows as a frame by (datetime, instrument)."""
         member_rows = rows.of_member(k)
+        codes: Any = [rows.bar[member_rows], rows.instrument[member_rows]]
         index = pd.MultiIndex(
             levels=[self.dates, self._quotes.instruments],  # type: ignore[list-item]  # the stubs allow only lists
-            codes=[rows.bar[member_rows], rows.instrument[member_rows]],
+            codes=codes,
             names=["datetime", "instrument"],
         ).remove_unused_levels()
         return pd.DataFrame(rows.values[member_rows], index=index, columns=list(rows.names))

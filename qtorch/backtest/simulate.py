@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from qtorch.backtest.account import Account, Fills, Orders
 from qtorch.backtest.exchange import Exchange
@@ -35,9 +36,11 @@ class Rows:
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
-        self._parts: list[tuple[int, Indices, Indices, tuple[Floats, ...]]] = []
+        self._parts: list[tuple[int, Indices, Indices, tuple[NDArray[Any], ...]]] = []
 
-    def append(self, bar: int, member: Indices, instrument: Indices, *columns: Floats) -> None:
+    def append(
+        self, bar: int, member: Indices, instrument: Indices, *columns: NDArray[Any]
+    ) -> None:
         """Append one bar's rows; nothing for none."""
         if len(member):
             self._parts.append((bar, member, instrument, columns))

@@ -52,7 +52,9 @@ class StepContext:
     def proceeds(self, sales: Orders) -> Floats:
         """The cash `[M]` that sales would yield after costs if executed now; books nothing."""
         fills, num_members = self.preview_sales(sales), len(self.account.cash)
-        return np.bincount(sales.member, fills.value - fills.cost, minlength=num_members)
+        sums: Any = np.bincount(sales.member, fills.value - fills.cost, minlength=num_members)
+        proceeds: Floats = sums  # weighted counts are float64, which the stubs do not say
+        return proceeds
 
 
 @trust_subclasses
