@@ -61,7 +61,7 @@ CONFIG_FAULTS = {
     ),
     "plain folder as store": (["tracking.uri=runs"], "sqlite:///"),
     "resume without a run ID": (["resume=true"], "resume=RUN_ID"),
-    "resume of an unknown run": (["resume=abc"], "abc"),
+    "resume of an unknown run": (["resume=abc"], "there is no tracking store"),
 }
 DATES = ["segments.train=[2018-07-01,2019-06-30]", "segments.valid=[2019-07-01,2019-09-30]"]
 
