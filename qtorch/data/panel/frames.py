@@ -174,7 +174,10 @@ def _level_names(index: pd.MultiIndex) -> list[Any]:
     dates = find_column(map(str, index.names), DATE_COLUMNS)
     instruments = find_column(map(str, index.names), INSTRUMENT_COLUMNS)
     names = {dates: NAMES[0], instruments: NAMES[1]}
-    return [names.get(str(name), name) for name in index.names]
+    levels = [names.get(str(name), name) for name in index.names]
+    if None in levels and len(other := set(NAMES) - set(levels)) == 1:
+        levels[levels.index(None)] = other.pop()  # the level beside the named one
+    return levels
 
 
 def _parse_levels(frame: pd.DataFrame, options: ReadOptions) -> pd.DataFrame:
