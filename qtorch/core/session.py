@@ -72,6 +72,7 @@ def init(
     seed: int | None = None,
     trusted: Sequence[str] = (),
     trusted_pickle: bool | None = None,
+    folder: str | None = None,
 ) -> Session:
     """Set the defaults of this process; a later call changes only the arguments it passes.
 
@@ -86,6 +87,7 @@ def init(
     trusted: packages (or `.py` files) that stored objects and pool tasks may name; a later call
         adds to them.
     trusted_pickle: whether pickles may be loaded; each runs the code that its author put into it.
+    folder: where relative paths of stores start; default: the folder of the first call.
     """
     global _process
     packages = (trusted,) if isinstance(trusted, str) else tuple(trusted)
@@ -97,7 +99,7 @@ def init(
         "seed": seed,
         "trusted": (*_process.trusted, *packages) if packages else None,
         "trusted_pickle": trusted_pickle,
-        "folder": _process.folder or os.environ.get(FOLDER_VARIABLE) or os.getcwd(),
+        "folder": folder or _process.folder or os.environ.get(FOLDER_VARIABLE) or os.getcwd(),
     }
     _process = _apply_changes(_process, {k: v for k, v in changes.items() if v is not None})
     return _process
