@@ -222,8 +222,9 @@ def _parse_counts(values: Any, unit: str, timezone: str | None) -> pd.DatetimeIn
     The result is in UTC; without a time zone to convert it to, UTC counts as local.
     """
     try:
-        counts = pd.to_numeric(pd.Series(values))
-        dates: Any = pd.to_datetime(counts, unit=unit, utc=timezone is not None)  # type: ignore[call-overload]
+        counts: Any = pd.to_numeric(pd.Series(values))
+        convert: Any = pd.to_datetime  # the stubs do not allow a unit in a variable
+        dates = convert(counts, unit=unit, utc=timezone is not None)
         return pd.DatetimeIndex(dates)
     except (ValueError, TypeError) as error:
         raise DataError(
