@@ -227,15 +227,22 @@ class _Call:
         self._child, self._on_message, self._is_stopped = child, on_message, is_stopped
         self._interruptions: list[BaseException] = []
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._receive, daemon=True, name="call")
+        self._receiver_lock = threading.Lock()  # held by the one thread that receives
         # Because an interrupted `Thread.join` of Python 3.11 takes a running thread for ended.
         self._has_ended = threading.Event()
 
     def wait(self) -> ExitStatus:
         """Return the exit status of the child; raise an interruption or an error afterwards."""
-        self._collect_interruptions(self._thread.start)
-        while self._thread.ident is not None and not self._has_ended.is_set():
-            self._collect_interruptions(self._has_ended.wait)
+        while True:
+            # Nothing stands outside of `try`: an interruption between two steps of a loop that did
+            # would leave this method while messages are still to come.
+            try:
+                if not self._receiver_lock.locked():
+                    threading.Thread(target=self._receive, daemon=True, name="call").start()
+                self._has_ended.wait()
+                break
+            except (KeyboardInterrupt, SystemExit) as interruption:
+                self._interruptions.append(interruption)
         if self._interruptions:
             raise self._interruptions[0]
         if self._error is not None:
@@ -243,14 +250,10 @@ class _Call:
         assert self._child.exit_status is not None
         return self._child.exit_status
 
-    def _collect_interruptions(self, step: Callable[[], Any]) -> None:
-        try:
-            step()
-        except (KeyboardInterrupt, SystemExit) as interruption:
-            self._interruptions.append(interruption)
-
     def _receive(self) -> None:
         """Handle messages and pass on interruptions until the child has ended."""
+        if not self._receiver_lock.acquire(blocking=False):
+            return  # the start of the first thread was interrupted, but it runs
         try:
             is_stop_sent = False
             while self._child.exit_status is None:

@@ -208,7 +208,8 @@ def test_scheduler_signals_to_every_process_still_allow_a_checkpoint(pool):
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
             os.kill(pid, number)
     wait_for_output(worker)
-    assert worker.returncode == 128 + signal.SIGUSR1
+    # The system may give the signals to different threads, so the second may be handled first.
+    assert worker.returncode in (128 + signal.SIGUSR1, 128 + signal.SIGTERM)
     assert pool.lines()[-1][0] == "checkpoint"
     assert pool.task(id)["preemptions"] == 1
 
