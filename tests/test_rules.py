@@ -560,6 +560,12 @@ def test_the_readme_stays_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 130
 
 
+def test_the_readme_counts_the_models():
+    # The configuration `lightning` is for a LightningModule of the user's.
+    models = {p.stem for p in (ROOT / "conf/model").glob("*.yaml")} - {"lightning"}
+    assert f" {len(models)} models" in (ROOT / "README.md").read_text()
+
+
 def test_test_files_have_names_of_their_own():
     names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names)), sorted(n for n in set(names) if names.count(n) > 1)
