@@ -79,7 +79,12 @@ def test_no_false_alarm_on_a_shipped_model(name, tmp_path):
     if name == "hist":
         dataset = {**dataset, "extras": {"concept": concept_extra(settings["data"], tmp_path)}}
     model = init_instance_by_config(shorten_training(task["model"]))
-    report = probe(init_instance_by_config(dataset), model, fit=True, methods=["scale", "delete"])
+    # The features do not depend on the model; `test_no_false_alarm_on_a_shipped_handler` changes
+    # them in every way.
+    dates = [next(iter(dataset["segments"]["test"]))]
+    report = probe(
+        init_instance_by_config(dataset), model, fit=True, methods=["delete"], dates=dates
+    )
     assert not report.has_leak, str(report)
     assert report.line("scores").verdict == OK, str(report)
 
