@@ -61,6 +61,7 @@ def run(tmp_path):
     return run_command
 
 
+@pytest.mark.slow
 def test_the_working_folder_is_first_on_the_path(run, tmp_path):
     process = run("probe", code=PROBE)
     assert process.stdout.strip() == str(tmp_path / "work"), process.stderr

@@ -98,9 +98,8 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-@pytest.mark.parametrize(
-    "root", ["train", pytest.param("rolling", marks=pytest.mark.slow)]
-)  # rolling has the same groups
+@pytest.mark.slow
+@pytest.mark.parametrize("root", ["train", "rolling"])
 @pytest.mark.parametrize("dataset", options("dataset"))
 @pytest.mark.parametrize("debug", [None, *options("debug")])
 def test_debug_options_fit_every_dataset_and_handler(debug, dataset, root):

@@ -13,6 +13,7 @@ from qtorch.data.source.synthetic import SyntheticSource
 SIGNAL_METRICS = ("IC", "ICIR", "Rank IC", "Rank ICIR")
 
 
+@pytest.mark.slow
 def test_train_logs_everything_in_one_run(train, runs):
     result = train()
     assert result.code == 0, result.err

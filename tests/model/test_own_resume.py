@@ -71,6 +71,7 @@ def _interrupt_fit(
             _fit(folder, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "interruption",
     ["killed at 0:6", "killed at 1:0", "killed at 1:13", "stopped at 1:6", "stopped at 0:19"],

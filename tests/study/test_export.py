@@ -126,10 +126,8 @@ def test_torch_program_runs_without_qtorch(fit_model, tmp_path, name):
     np.testing.assert_allclose(scores.detach().numpy(), expected_scores[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["GRU", *(pytest.param(n, marks=pytest.mark.slow) for n in ("MLP", "Transformer", "HIST"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GRU", "MLP", "Transformer", "HIST"])
 def test_onnx_scores_equal_model(fit_model, tmp_path, name):
     onnxruntime = pytest.importorskip("onnxruntime")
     model, dataset = fit_model(name)

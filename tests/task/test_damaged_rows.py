@@ -233,6 +233,7 @@ rows = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=25,
     deadline=None,
