@@ -191,10 +191,15 @@ def find_column(columns: Iterable[str], alternatives: Iterable[str]) -> str | No
 
 
 def read_table(
-    path: Path, name_columns: Iterable[NameColumn] = (), *, decimal: str = "."
+    path: Path,
+    name_columns: Iterable[NameColumn] = (),
+    *,
+    decimal: str = ".",
+    keeps_index: bool = False,
 ) -> pd.DataFrame:
     """Read a parquet or CSV file; a stored index becomes columns, and column names are text.
 
+    With `keeps_index` the index of a parquet file, and levels of its columns, stay as stored.
     Raises DataError for a file that is neither, or is damaged. See `read_csv` for the arguments.
     """
     if not is_table(path):
@@ -210,7 +215,7 @@ def read_table(
         raise
     except (ValueError, OSError) as error:
         raise DataError(f"{path} cannot be read as a table: {error}") from error
-    return index_to_columns(table)
+    return table if keeps_index else index_to_columns(table)
 
 
 def read_indexed_table(path: Path) -> pd.DataFrame:

@@ -125,7 +125,8 @@ def read_frame(data: Any, options: ReadOptions | None = None) -> pd.DataFrame:
         raise DataError(f"{path} contains a {type(frame).__name__}, expected a DataFrame.")
     if not is_table(path):
         raise DataError(f"{path.name}: expected a .parquet or .csv file.")
-    table = read_table(path, [INSTRUMENT_COLUMNS, DATE_COLUMNS], decimal=options.decimal)
+    names = [INSTRUMENT_COLUMNS, DATE_COLUMNS]
+    table = read_table(path, names, decimal=options.decimal, keeps_index=True)
     try:
         return index_frame(table, options)
     except DataError as error:

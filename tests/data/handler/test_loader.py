@@ -209,6 +209,15 @@ def test_static_loader_reads_csv(tmp_path: Path) -> None:
     )
 
 
+def test_groups_of_columns_come_back_from_a_file(tmp_path: Path) -> None:
+    frame = bars_frame()[["open", "close"]]
+    frame.columns = pd.MultiIndex.from_tuples([("feature", "open"), ("label", "close")])
+    frame.to_parquet(tmp_path / "bars.parquet")
+    loader = StaticDataLoader(tmp_path / "bars.parquet")
+    assert list(loader.view().groups) == ["feature", "label"]
+    pd.testing.assert_frame_equal(loader.load(), StaticDataLoader(frame).load())
+
+
 def test_static_universe_comes_from_a_source(source: FrameSource) -> None:
     loader = StaticDataLoader(bars_frame())
     with pytest.raises(DataError, match="frames have no universes"):
