@@ -82,6 +82,13 @@ class SelectionTest:
             and self.overfitting.probability < 0.5
         )
 
+    @property
+    def verdict(self) -> str:
+        """`is_beyond_luck` in words, or that there are too few days for the tests."""
+        if math.isnan(self.superiority.p_value) or math.isnan(self.overfitting.probability):
+            return f"too few days in common to judge: {self.superiority.num_days}"
+        return "better than luck" if self.is_beyond_luck else "not shown to be better than luck"
+
 
 def assess_selection(
     returns: pd.DataFrame, *, tries: int | None = None, num_samples: int = 1000, seed: int = 0

@@ -73,11 +73,20 @@ def run_results(recorder: Recorder, label_col: int = 0) -> RunResults:
         label=None if label is None else select_label(label, label_col),
         ic=_load_if_present(recorder, "sig_analysis/ic.pkl"),
         rank_ic=_load_if_present(recorder, "sig_analysis/ric.pkl"),
-        report=_load_if_present(recorder, f"{PORTFOLIO}/report_normal_{freq}.pkl"),
+        report=load_portfolio_report(recorder, freq),
         positions=_load_if_present(recorder, f"{PORTFOLIO}/positions_normal_{freq}.pkl"),
         freq=freq,
         periods=recorder.list_metrics().get(f"{freq}.{PERIODS}"),
     )
+
+
+def load_portfolio_report(recorder: Recorder, freq: str | None = None) -> pd.DataFrame | None:
+    """Load the report of PortAnaRecord of a frequency (default: daily if there is one)."""
+    freq = _frequency(recorder) if freq is None else freq
+    report: pd.DataFrame | None = _load_if_present(
+        recorder, f"{PORTFOLIO}/report_normal_{freq}.pkl"
+    )
+    return report
 
 
 def has_benchmark(report: pd.DataFrame) -> bool:
