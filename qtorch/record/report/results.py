@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
+from qtorch.core.dates import name_bars
 from qtorch.core.errors import LoadObjectError, RecordError
 from qtorch.metrics.portfolio import (
     Mode,
@@ -183,11 +184,15 @@ def _load_if_present(recorder: Recorder, name: str) -> Any:
 
 @dataclass(frozen=True)
 class SignalTables:
-    """IC by horizon, return by day and score quantile, score autocorrelation by lag and day."""
+    """IC by horizon, return by day and score quantile, score autocorrelation by lag and day.
+
+    Horizons and lags count bars; `bars` names these.
+    """
 
     decay: pd.DataFrame
     quantiles: pd.DataFrame
     autocorrelation: Mapping[int, pd.Series]
+    bars: str
 
     @property
     def spread(self) -> pd.Series:
@@ -208,13 +213,15 @@ def signal_tables(
     num_quantiles: int,
 ) -> SignalTables:
     """Compute the tables; horizons and lags too long for the test segment are left out."""
-    num_days = score.index.get_level_values("datetime").nunique()
+    dates = score.index.get_level_values("datetime").unique()
+    num_days = len(dates)
     usable_horizons = [h for h in horizons if h <= max(num_days // 2, 1)]
     by_lag = {lag: score_autocorrelation(score, lag) for lag in lags if lag < num_days}
     return SignalTables(
         decay=ic_decay(score, label, usable_horizons),
         quantiles=quantile_returns(score, label, num_quantiles),
         autocorrelation={lag: daily for lag, daily in by_lag.items() if len(daily)},
+        bars=name_bars(dates),
     )
 
 
