@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 from weakref import WeakSet
 
 from qtorch.core.errors import ConfigError, ExpressionError, join_names, unknown_name_message
+from qtorch.core.tables import not_text_message
 from qtorch.data.expression import expression_fields
 from qtorch.data.handler.handler import DataHandlerLP
 from qtorch.data.handler.loader import QlibDataLoader
@@ -198,6 +199,9 @@ def market_features(instruments: Sequence[str]) -> Features:
     """
     if isinstance(instruments, str):
         raise ConfigError(f"market must be a list of instruments, got {instruments!r}.")
+    for name in instruments:
+        if not isinstance(name, str):
+            raise ConfigError(not_text_message(name, "instrument of market"))
     daily_return, amount = "$close/Ref($close, 1)-1", "$close*$volume"
     columns = {"RET": daily_return}
     for d in _WINDOWS:

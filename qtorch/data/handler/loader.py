@@ -6,7 +6,7 @@ import copy
 import logging
 import re
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from qtorch.core.content_digest import digest_text
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.identity import digest
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
-from qtorch.core.tables import is_frame
+from qtorch.core.tables import is_frame, not_text_message
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression import evaluate, expression_fields
 from qtorch.data.expression.requirement import is_cross_sectional, join_reaches, max_reach
@@ -617,6 +617,8 @@ def resolve_members(instruments: Any, view: View, source: Source | None) -> Any:
             f"the data has no universe {instruments!r}, because frames have no universes. Pass a "
             "list of instruments, None for all, or a source=... that has this universe."
         )
+    if not isinstance(instruments, Iterable):
+        raise ConfigError(not_text_message(instruments, "universe"))
     return instruments
 
 
