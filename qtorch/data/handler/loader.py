@@ -104,6 +104,10 @@ class DataLoader(Configured, ABC):
         """Return the frequency of the bars that are loaded, such as "30min"; None if unknown."""
         return None
 
+    def bars_source(self, source: Source | None = None) -> Source | None:
+        """Return the source of bars: the loader's own, else `source`, the handler's."""
+        return source
+
     def needs_source(self) -> bool:
         """Whether the loader reads a source of bars and has none of its own."""
         return False
@@ -178,6 +182,9 @@ class QlibDataLoader(DataLoader):
 
     def frequency(self, source: Source | None = None) -> str:
         return self._resolve_source(source).resolve_frequency(self.freq)
+
+    def bars_source(self, source: Source | None = None) -> Source | None:
+        return self._own_source or source
 
     def needs_source(self) -> bool:
         return self._own_source is None
@@ -437,6 +444,10 @@ class NestedDataLoader(DataLoader):
     def frequency(self, source: Source | None = None) -> str | None:
         return next(filter(None, (loader.frequency(source) for loader in self._loaders)), None)
 
+    def bars_source(self, source: Source | None = None) -> Source | None:
+        sources = (loader.bars_source() for loader in self._loaders)
+        return next((own for own in sources if own is not None), source)
+
     def needs_source(self) -> bool:
         return any(loader.needs_source() for loader in self._loaders)
 
@@ -506,6 +517,12 @@ class ChangedLoader(DataLoader):
 
     def horizon(self, group: str = "label") -> int | None:
         return self.loader.horizon(group)
+
+    def frequency(self, source: Source | None = None) -> str | None:
+        return self.loader.frequency(source)
+
+    def bars_source(self, source: Source | None = None) -> Source | None:
+        return self.loader.bars_source(source)
 
     def needs_source(self) -> bool:
         return self.loader.needs_source()
