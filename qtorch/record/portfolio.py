@@ -17,7 +17,8 @@ from qtorch.core.instantiate import fill_placeholder, flatten_dict, resolve_conf
 from qtorch.core.session import session
 from qtorch.data.handler.handler import DataHandler
 from qtorch.data.source.frame import build_source, default_source
-from qtorch.metrics.portfolio import indicator_analysis, periods_per_year, risk_analysis
+from qtorch.metrics.portfolio import indicator_analysis
+from qtorch.metrics.risk import periods_per_year, risk_analysis
 from qtorch.record.base import Names, Record
 from qtorch.record.signal import SignalRecord, finite_metrics
 from qtorch.tracking.recorder import Recorder, current_recorder

@@ -12,7 +12,7 @@ import pandas as pd
 
 from qtorch.core.dates import name_bars
 from qtorch.core.errors import ConfigError, check_name
-from qtorch.metrics.portfolio import MODES, Mode
+from qtorch.metrics.risk import MODES, Mode
 from qtorch.metrics.signal import HORIZONS
 from qtorch.record.base import Names, Record
 from qtorch.record.report import portfolio_charts, signal_charts, training_charts

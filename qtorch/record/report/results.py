@@ -12,13 +12,8 @@ import pandas as pd
 
 from qtorch.core.dates import name_bars
 from qtorch.core.errors import LoadObjectError, RecordError
-from qtorch.metrics.portfolio import (
-    Mode,
-    concentration,
-    cumulative_return,
-    periods_per_year,
-    risk_analysis,
-)
+from qtorch.metrics.portfolio import concentration
+from qtorch.metrics.risk import Mode, cumulative_return, periods_per_year, risk_analysis
 from qtorch.metrics.signal import ic_decay, quantile_returns, score_autocorrelation
 from qtorch.metrics.significance import deflated_sharpe
 from qtorch.record.base import has_artifact
