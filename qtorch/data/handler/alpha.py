@@ -32,7 +32,7 @@ VWAP_HINT = (
     "'handler.vwap=\"(high+low+close)/3\"')"
 )
 # Those that have warned already; an attribute would be part of a user's loader's cache key.
-_loaders_without_vwap: WeakSet[_AlphaDL] = WeakSet()
+_loaders_without_vwap: WeakSet[AlphaDL] = WeakSet()
 _BARE_FIELD = re.compile(r"(?<![\w$.])([A-Za-z_]\w*)(?!\w*\s*\()")
 STEPS = 60  # the days of Alpha360's windows
 
@@ -266,7 +266,7 @@ def _numbers(value: object) -> tuple[int, ...]:
 # -- loaders ---------------------------------------------------------------------------------------
 
 
-class _AlphaDL(QlibDataLoader):
+class AlphaDL(QlibDataLoader):
     """Common base of the Alpha loaders: what stands for a vwap that the bars do not have.
 
     `vwap`: an expression of the same bar's fields, such as `(high+low+close)/3`; None for NaN.
@@ -324,7 +324,7 @@ class _AlphaDL(QlibDataLoader):
         return DerivedSource(source, {VWAP: self.vwap})
 
 
-class Alpha158DL(_AlphaDL):
+class Alpha158DL(AlphaDL):
     """Load Alpha158's features as the group "feature"; `config` adds or replaces groups.
 
     `market`: indices whose `market_features` are appended to the features.
@@ -363,7 +363,7 @@ class Alpha158DL(_AlphaDL):
         return alpha158() if config is None else alpha158_from_config(dict(config))
 
 
-class Alpha360DL(_AlphaDL):
+class Alpha360DL(AlphaDL):
     """Load Alpha360's features as the group "feature", stored as windows of six fields.
 
     A column is only computed if it is requested by name. `config` adds or replaces groups; a group
