@@ -215,9 +215,9 @@ class Exchange(Configured):
 
     def _quote_expressions(self, as_qlib: bool) -> dict[str, str]:
         """The expressions to read from the source, by their purpose."""
-        available = self.source.fields(self.freq)
-        expressions = {"close": "$close", "buy": self.buy_field, "sell": self.sell_field}
         fields = ("volume", "factor", "low", "high")
+        available = self.source.find_fields([*fields, "change"], self.freq)
+        expressions = {"close": "$close", "buy": self.buy_field, "sell": self.sell_field}
         expressions |= {name: f"${name}" for name in fields if name in available}
         if isinstance(self.limit_threshold, float):
             if "change" in available:

@@ -305,7 +305,7 @@ class AlphaDL(QlibDataLoader):
             for name, expression in expressions.items()
             if VWAP in expression_fields(expression)
         ]
-        if not columns or VWAP in source.fields(self.freq):
+        if not columns or source.find_fields([VWAP], self.freq):
             return source
         own_columns = [name for name, is_alpha in columns if not is_alpha]
         if self.vwap is None and own_columns:

@@ -435,7 +435,8 @@ class Alpha101DL(AlphaDL):
 
     def _find_groups(self, source: Source) -> None:
         """Set the expressions for the classifications that the source has as fields."""
-        stored = [g for g in GROUPS if g in source.fields(self.freq)]
+        group_fields = source.find_fields(GROUPS, self.freq)
+        stored = [g for g in GROUPS if g in group_fields]
         features = alpha101(groups={g: g for g in stored}, **self._options)
         expressions, names = select_features(features, self._columns)
         self._fields[FEATURE] = dict(zip(names, expressions, strict=True))
