@@ -353,8 +353,8 @@ def _find_longest_file(
         size = os.stat(f"{folder}/{file_name}").st_size
         if size != longest_size and size > 4:
             with open(f"{folder}/{file_name}", "rb") as file:
-                first = float(np.frombuffer(file.read(4), dtype="<f4")[0])
-            row = first + size // 4 - 2
+                start = float(np.frombuffer(file.read(4), dtype="<f4")[0])
+            row = start + size // 4 - 2
             if end < row < num_dates:
                 name, end = file_name, int(row)
     return name, end
