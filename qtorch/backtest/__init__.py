@@ -18,6 +18,6 @@ if TYPE_CHECKING:
     from qtorch.backtest.strategy import TopkDropoutStrategy as TopkDropoutStrategy
     from qtorch.backtest.strategy import WeightStrategy as WeightStrategy
     from qtorch.backtest.strategy import WeightStrategyBase as WeightStrategyBase
-    from qtorch.metrics.portfolio import risk_analysis as risk_analysis
+    from qtorch.metrics.risk import risk_analysis as risk_analysis
 
 __getattr__, __dir__ = lazy_names(__name__, __file__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from qtorch.backtest.exchange import Exchange
-from qtorch.backtest.quotes import ZERO_PRICE, Floats, Indices, Quotes, fill_forward
+from qtorch.backtest.quotes import ZERO_PRICE, Bools, Floats, Indices, Quotes, fill_forward
 from qtorch.backtest.simulate import Ledger, Rows
 from qtorch.core.errors import AuditError, format_count
+
+log = logging.getLogger(__name__)
 
 # Sums are recomputed in another order: relative to the account, or to the amounts of a day.
 TOLERANCE = 1e-9
@@ -25,13 +28,15 @@ class Audit:
     """What an audit that found no fault has compared.
 
     `num_prices` counts the executed orders whose price was compared with the low and the high of
-    the bar: none if the source has no such fields.
+    the bar: none if the source has no such fields. `num_data_faults` counts those of them that were
+    executed at the bar's own open or close, although its low and high do not contain that price.
     """
 
     num_days: int
     num_positions: int
     num_orders: int
     num_prices: int
+    num_data_faults: int
 
 
 class Auditor:
@@ -46,9 +51,14 @@ class Auditor:
         self.executed = np.flatnonzero(self.orders.column("deal_amount"))
         self.sign = np.where(self.orders.column("buying") > 0, 1.0, -1.0)
         self.low_high_rows: Indices = np.zeros(0, dtype=np.intp)
+        self.data_faults: list[str] = []
 
     def check(self) -> Audit:
-        """Return what was compared; raises AuditError with the first faults of each kind."""
+        """Return what was compared; raises AuditError with the first faults of each kind.
+
+        Orders at an open or close outside the bar's own low and high are only logged: the bars
+        contradict themselves there, not the backtest.
+        """
         kinds = {
             "the account is not its cash and its positions": self._account_faults(),
             "the cash does not follow from the orders": self._cash_faults(),
@@ -66,8 +76,20 @@ class Auditor:
         ]
         if lines:
             raise AuditError("\n- ".join(["the audit of the backtest failed:", *lines]))
+        if self.data_faults:
+            log.warning(
+                "%d of %d orders were executed at the open or close of a bar whose own low and "
+                "high do not contain it, which is a fault of the data: first %s.",
+                len(self.data_faults),
+                len(self.low_high_rows),
+                self.data_faults[0],
+            )
         return Audit(
-            len(self.ledger.dates), len(self.positions), len(self.orders), len(self.low_high_rows)
+            len(self.ledger.dates),
+            len(self.positions),
+            len(self.orders),
+            len(self.low_high_rows),
+            len(self.data_faults),
         )
 
     # -- money -----------------------------------------------------------------------------------
@@ -193,13 +215,35 @@ class Auditor:
         is_known = (low > ZERO_PRICE) & (high > ZERO_PRICE)
         self.low_high_rows = rows[is_known]
         is_fault = (price < low * (1 - PRICE_TOLERANCE)) | (price > high * (1 + PRICE_TOLERANCE))
-        is_fault &= is_known
+        is_outside = is_fault & is_known
+        is_own = self._is_own_price(rows, place)
+        self.data_faults = self._describe_range(rows, is_outside & is_own, low, high)
+        return self._describe_range(rows, is_outside & ~is_own, low, high)
+
+    def _is_own_price(self, rows: Indices, place: tuple[Indices, Indices]) -> Bools:
+        """Whether the price of each of the orders is the open or the close of its bar.
+
+        The open is known if it is the price to deal at.
+        """
+        price, exchange = self.orders.column("price")[rows], self.exchange
+        is_own = np.abs(price - self.quotes.close[place]) <= TOLERANCE * price
+        for sign, field, deal_price in (
+            (1, exchange.buy_field, self.quotes.buy_price),
+            (-1, exchange.sell_field, self.quotes.sell_price),
+        ):
+            if field == "$open":
+                is_equal = np.abs(price - deal_price[place]) <= TOLERANCE * price
+                is_own |= is_equal & (self.sign[rows] == sign)
+        return is_own
+
+    def _describe_range(self, rows: Indices, chosen: Bools, low: Floats, high: Floats) -> list[str]:
+        """Describe the chosen ones of the orders with their price and the range of their bar."""
         return [
             f"{text}, low {lowest:.10g}, high {highest:.10g}"
             for text, lowest, highest in zip(
-                self._describe(orders, rows[is_fault], "price {price:.10g}"),
-                low[is_fault],
-                high[is_fault],
+                self._describe(self.orders, rows[chosen], "price {price:.10g}"),
+                low[chosen],
+                high[chosen],
                 strict=True,
             )
         ]

@@ -45,32 +45,33 @@ class Exchange(Configured):
 
     `deal_price`: a field or an expression ("close", "$open", "Ref($open, -1)"), or a pair of them,
     for buying and for selling; a missing price is replaced by the close. `limit_threshold`: a
-    fraction (no buying if the deal price is that much above the close before, no selling if it is
-    that much below), or two expressions that are non-zero when buying, and when selling, is not
-    possible; "none" disables limits; None uses the region's. `trade_unit`: shares per lot, rounded
-    with the help of `factor` (amounts are adjusted shares); None disables rounding; "region" uses
-    the region's (us 1, cn 100, tw 1000). `region`: "us", "cn" or "tw", by default that of
-    `qtorch.init`. `freq`: the frequency of the bars; None is that of the source. Costs are
-    fractions of a trade's value; `min_cost` is an amount of
-    money per trade; `impact_cost` is multiplied by the square of the trade's share of the bar's
-    traded value and added to the cost rate; `lending_fee` is the yearly fee for borrowing, as a
-    fraction of the value of the short positions, charged for each calendar day between two bars (a
-    365th part of it). `volume_threshold`: `("current" | "cum", expression)`, or a mapping of "all",
-    "buy", "sell" to such pairs: the maximum amount per bar, in adjusted shares; with "cum" the
-    amount already traded that day is subtracted. `extra_quote`: a frame by
-    (instrument, datetime) with quotes of additional instruments: the column $close and optionally
-    other prices, $volume, $factor, limit_buy, limit_sell. `subscribe_fields`: fields or expressions
-    that a strategy reads with `Market.field`. `codes`: the universe or list of instruments that
-    trade; all others count as suspended. `start_time`, `end_time`: inclusive bounds of the bars
-    that may be traded; a backtest beyond them raises ConfigError (in Qlib it finds no quotes).
+    fraction (no buying if the deal price is that much above the last close of the day before, no
+    selling if it is that much below), or two expressions that are non-zero when buying, and when
+    selling, is not possible; "none" disables limits; None uses the region's. `trade_unit`: shares
+    per lot, rounded with the help of `factor` (amounts are adjusted shares); None disables
+    rounding; "region" uses the region's (us 1, cn 100, tw 1000). `region`: "us", "cn" or "tw", by
+    default that of `qtorch.init`. `freq`: the frequency of the bars; None is that of the source.
+    Costs are fractions of a trade's value; `min_cost` is an amount of money per trade;
+    `impact_cost` is multiplied by the square of the trade's share of the bar's traded value and
+    added to the cost rate; `lending_fee` is the yearly fee for borrowing, as a fraction of the
+    value of the short positions, charged for each calendar day between two bars (a 365th part of
+    it). `volume_threshold`: `("current" | "cum", expression)`, or a mapping of "all", "buy", "sell"
+    to such pairs: the maximum amount per bar, in adjusted shares; with "cum" the amount already
+    traded that day is subtracted. `extra_quote`: a frame by (instrument, datetime) with quotes of
+    additional instruments: the column $close and optionally other prices, $volume, $factor,
+    limit_buy, limit_sell. `subscribe_fields`: fields or expressions that a strategy reads with
+    `Market.field`. `codes`: the universe or list of instruments that trade; all others count as
+    suspended. `start_time`, `end_time`: inclusive bounds of the bars that may be traded; a backtest
+    beyond them raises ConfigError (in Qlib it finds no quotes).
 
     An instrument without a close is suspended; a close of 0 or below is a missing bar. The close
     before is that of the last bar, over any gap: the field `change` (close / close before - 1)
     tells it, else the closes do. Differences from Qlib: a limit is judged by the deal price (Qlib
-    judges an order at the open by a close that is not known yet) and also without a field `change`
-    (Qlib then applies no limit); a close of 0 is no bar (a backtest with `as_qlib=True` keeps
-    Qlib's rules in these three); the deal price may be any expression; `limit_threshold` can be
-    disabled in every region; negative costs are rejected.
+    judges an order at the open by a close that is not known yet), against the day before (Qlib
+    compares bars within a day with the bar before, as exchanges do not) and also without a field
+    `change` (Qlib then applies no limit); a close of 0 is no bar (a backtest with `as_qlib=True`
+    keeps Qlib's rules in these four); the deal price may be any expression; `limit_threshold` can
+    be disabled in every region; negative costs are rejected.
     """
 
     def __init__(
@@ -147,12 +148,13 @@ class Exchange(Configured):
     def _read(self, start: pd.Timestamp, end: pd.Timestamp, as_qlib: bool) -> Quotes:
         calendar = self.calendar()
         row = int(calendar.searchsorted(start))
-        first_bar = calendar[max(0, row - 1)]
+        # The price limit of bars within a day needs that day, and the last bar of the day before.
+        first_row = max(0, int(calendar.searchsorted(start.normalize())) - 1)
         expressions = self._quote_expressions(as_qlib)
         panel = self.source.feature_panel(
             self.codes,
             list(dict.fromkeys(expressions.values())),
-            first_bar,
+            calendar[first_row],
             bar_text(end),  # a date without a time would include the later bars of its day
             self.freq,
         )
@@ -177,9 +179,10 @@ class Exchange(Configured):
             moves = [np.full_like(close, np.nan) if change is None else change] * 2
         else:
             earlier_close, end_row = self._bars_outside(close, panel.calendar, panel.instruments)
-            moves = [price_moves(deal_prices[0], close, change, earlier_close)] * 2
+            before = change, earlier_close, panel.calendar
+            moves = [price_moves(deal_prices[0], close, *before)] * 2
             if deal_prices[1] is not deal_prices[0]:
-                moves[1] = price_moves(deal_prices[1], close, change, earlier_close)
+                moves[1] = price_moves(deal_prices[1], close, *before)
         limit_buy, limit_sell = self._limits(close, moves, read)
         factor = read("factor") if "factor" in expressions else None
         limits = {
@@ -188,7 +191,7 @@ class Exchange(Configured):
         }
         quotes = Quotes(
             panel.calendar,
-            min(1, row),
+            row - first_row,
             panel.instruments,
             close=close,
             buy_price=deal_prices[0],
@@ -212,9 +215,9 @@ class Exchange(Configured):
 
     def _quote_expressions(self, as_qlib: bool) -> dict[str, str]:
         """The expressions to read from the source, by their purpose."""
-        available = self.source.fields(self.freq)
-        expressions = {"close": "$close", "buy": self.buy_field, "sell": self.sell_field}
         fields = ("volume", "factor", "low", "high")
+        available = self.source.find_fields([*fields, "change"], self.freq)
+        expressions = {"close": "$close", "buy": self.buy_field, "sell": self.sell_field}
         expressions |= {name: f"${name}" for name in fields if name in available}
         if isinstance(self.limit_threshold, float):
             if "change" in available:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -38,7 +39,8 @@ class VolumeLimit:
 class Quotes:
     """Bars of all instruments on the dates of a backtest, plus the bar before them if there is one.
 
-    `first` is the row of the first trading bar: 1, or 0 if there is no earlier bar. All arrays are
+    `first` is the row of the first trading bar: 1, or 0 if there is no earlier bar; more if trading
+    begins within a day, whose earlier bars its price limit needs. All arrays are
     `[D, N]`, float64 or bool. `close` is NaN when an instrument does not trade. `buy_price` and
     `sell_price` fall back to the close. `limit_buy` and `limit_sell` are True when an instrument
     cannot be bought or sold. `factor` is None when amounts are not rounded to trade units.
@@ -145,14 +147,38 @@ def fill_forward(values: Floats, first: Floats) -> Floats:
 
 
 def price_moves(
+    price: Floats,
+    close: Floats,
+    change: Floats | None,
+    earlier_close: Floats,
+    dates: pd.DatetimeIndex,
+) -> Floats:
+    """The move of `price [D, N]` from the last close of an earlier day; NaN on a first day.
+
+    An exchange sets its price limits for a day, so bars within a day are all compared with the last
+    close of the day before. `change` is the close's own move since the bar before as the source has
+    it, which may know of a split that raw prices do not show; where it is NaN the closes themselves
+    are compared. `earlier_close [N]` is the last close before the first row, which is the last bar
+    of its day unless there is no earlier one.
+    """
+    moves = _bar_moves(price, close, change, earlier_close)
+    days = dates.normalize()
+    is_new_day = np.r_[True, np.asarray(days[1:] != days[:-1])]
+    if is_new_day.all():
+        return moves
+    close_moves = moves if price is close else _bar_moves(close, close, change, earlier_close)
+    growth = np.where(np.isnan(close), 1.0, 1 + close_moves)
+    day_moves = moves.copy()
+    for begin, end in pairwise([*np.flatnonzero(is_new_day), len(dates)]):
+        since_yesterday = np.cumprod(growth[begin : end - 1], axis=0)
+        day_moves[begin + 1 : end] = (1 + moves[begin + 1 : end]) * since_yesterday - 1
+    return day_moves
+
+
+def _bar_moves(
     price: Floats, close: Floats, change: Floats | None, earlier_close: Floats
 ) -> Floats:
-    """The move of `price [D, N]` from the close before, over any gap; NaN on a first bar.
-
-    `change` is the close's own move as the source has it, which may know of a split that raw
-    prices do not show; where it is NaN the closes themselves are compared. `earlier_close [N]` is
-    the last close before the first row.
-    """
+    """The move of `price [D, N]` from the close of the last bar before, over any gap."""
     if change is None:
         by_change = np.full_like(close, np.nan)
     elif price is close:

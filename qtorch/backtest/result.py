@@ -112,7 +112,8 @@ class BacktestResult:
 
         On each day the account is the cash and the positions; cash, positions, turnover and costs
         follow from the orders; each order was executed on a bar that exists, at a price between
-        its low and its high. Raises AuditError with the first faults of each kind.
+        its low and its high. Raises AuditError with the first faults of each kind. Orders at an
+        open or close that the bar's own low and high do not contain are a warning.
         """
         return Auditor(self._ledger, self._exchange, self._quotes, self._all_members).check()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,8 +20,9 @@ from qtorch.backtest.scores import Scores
 from qtorch.backtest.simulate import DELISTINGS, Delisting, simulate
 from qtorch.backtest.strategy import Strategy
 from qtorch.core.dates import as_stamp, date_rows, frequency, last_instant, parse_dates
-from qtorch.core.errors import ConfigError, DataError, check_name, unknown_name_message
+from qtorch.core.errors import ConfigError, DataError, check_name
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
+from qtorch.core.tables import find_stored_name
 from qtorch.data.source.base import Source
 
 Benchmark: TypeAlias = str | Sequence[str] | pd.Series | None
@@ -178,23 +179,12 @@ def _mean_moves(close: Floats, is_member: Bools | None = None) -> Floats:
 
 
 def _resolve_instruments(benchmark: str | Sequence[str], source: Source) -> str | list[str]:
-    if isinstance(benchmark, bool | int | float):
-        raise ConfigError(
-            f"the benchmark {benchmark!r} is not text; write a name that looks like a number or a "
-            "truth value in quotes, on the command line as 'benchmark=\"...\"'."
-        )
     instruments = source.instrument_names()
-    if isinstance(benchmark, str):
-        if benchmark in instruments:
-            return [benchmark]
-        if benchmark in source.universes():
-            return benchmark
-        names = [*source.universes(), *instruments]
-        kind = "benchmark (an instrument or a universe)"
-        raise DataError(unknown_name_message(kind, benchmark, names, limit=8))
-    for name in benchmark:
-        check_name("instrument of the benchmark", name, instruments, error=DataError)
-    return list(benchmark)
+    if isinstance(benchmark, str) or not isinstance(benchmark, Iterable):
+        names = instruments.union(source.universes())
+        name = find_stored_name(benchmark, names, "benchmark (an instrument or a universe)")
+        return [name] if name in instruments else name
+    return [find_stored_name(n, instruments, "instrument of the benchmark") for n in benchmark]
 
 
 def _build_strategy(strategy: Any) -> Strategy:

@@ -178,7 +178,7 @@ def simulate(
     years = np.r_[0.0, np.asarray((quotes.dates[1:] - quotes.dates[:-1]) / _YEAR)]
     end_rows = np.maximum(quotes.end_row, first)
     rows_with_ends = set(end_rows[end_rows < len(quotes.dates)].tolist())
-    previous = Market(exchange, quotes, 0) if first else None
+    previous = Market(exchange, quotes, first - 1) if first else None
     for row in range(first, len(quotes.dates)):
         market = Market(exchange, quotes, row)
         if is_new_day[row]:

@@ -17,9 +17,11 @@ USAGE = """\
 qtorch report: HTML page of one run or several, readable without network or server
 
 usage: qtorch report runs=[RUN_ID,...] [out=FOLDER] [mode=sum] [tries=N] [log=true]
+       qtorch report sweep=NAME [out=FOLDER] [tries=N] [log=true]
 
   runs   one ID: return, drawdown, cost, IC, quantiles, learning curves, all metrics of the run
          several: runs grouped over seeds, paired tests, deflated Sharpe ratio, overfitting
+  sweep  name or run ID of a sweep or search: a comparison of all its finished jobs
   out    folder for the page and its charts (PNG); default for several runs: comparison
   mode   returns of one run: sum (cumulated by addition) or product (compounded)
   tries  total number of strategies tried; default: all jobs of the runs' sweeps
@@ -33,14 +35,19 @@ COMPARISON = "comparison"
 
 def main(argv: Sequence[str]) -> int:
     """Load the runs and write the page."""
-    settings = compose_settings("report", argv)
-    configure_process(tracking_uri=settings["tracking"].get("uri"))
-    ids = _run_ids(settings["runs"])
-    out = _output_folder(settings["out"])
     from qtorch.cli.runs import find_run
 
+    settings = compose_settings("report", argv)
+    configure_process(tracking_uri=settings["tracking"].get("uri"))
+    out = _output_folder(settings["out"])
+    if (settings["runs"] is None) == (settings["sweep"] is None):
+        count = "neither" if settings["runs"] is None else "both"
+        raise ConfigError(f"expected either runs=[RUN_ID,...] or sweep=NAME; got {count}.")
     with handle_stop_signals():
-        recorders = [find_run(run) for run in ids]
+        if settings["sweep"] is not None:
+            recorders = _sweep_runs(str(settings["sweep"]), settings["tracking"].get("uri"))
+        else:
+            recorders = [find_run(run) for run in _run_ids(settings["runs"])]
         if len(recorders) == 1:
             page = _report_run(recorders[0], settings, out)
         else:
@@ -51,8 +58,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _report_run(recorder: Any, settings: dict[str, Any], out: Path | None) -> str:
     from qtorch.record.report.report import ReportRecord
+    from qtorch.study.sweep import count_tried_jobs
 
-    tries = 1 if settings["tries"] is None else settings["tries"]
+    tries = settings["tries"]
+    if tries is None:
+        tries = count_tried_jobs([recorder])
     record = ReportRecord(recorder, mode=settings["mode"], tries=tries)
     record.generate()
     folder = Path(recorder.download_artifact(record.get_path()))
@@ -74,6 +84,22 @@ def _compare_runs(recorders: Sequence[Any], settings: dict[str, Any], out: Path)
             for recorder in recorders:
                 recorder.save_objects(scratch, artifact_path=COMPARISON)
     return f"{out / page.name}: comparison of {len(recorders)} runs"
+
+
+def _sweep_runs(name: str, tracking_uri: str | None) -> list[Any]:
+    """Return the recorders of the sweep's finished jobs; ConfigError for fewer than two."""
+    from qtorch.cli.sweep import select_store_of_sweep
+    from qtorch.study.sweep import find_sweep, list_finished_runs, sweep_jobs
+
+    if not tracking_uri:
+        select_store_of_sweep(name)
+    recorders = list_finished_runs(sweep_jobs(find_sweep(name).id))
+    if len(recorders) < 2:
+        raise ConfigError(
+            f"sweep={name}: a comparison needs two finished jobs, and it has {len(recorders)}; "
+            f"`qtorch sweep show {name}` lists its jobs."
+        )
+    return recorders
 
 
 def _run_ids(runs: Any) -> list[str]:

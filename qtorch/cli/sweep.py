@@ -27,7 +27,8 @@ usage: qtorch sweep list
        qtorch sweep resume NAME [retry=true] [trusted=true]
 
   list     list the sweeps of the tracking store, newest first
-  show     show the jobs of a sweep, statistics over seeds, and the best job
+  show     show the jobs of a sweep, statistics over seeds, the best job, and whether the best
+           returns are more than the luck of many tries (qtorch report sweep=NAME: the page)
   best     show the best job and setting by a metric (default: Rank IC on the valid segment)
   resume   repeat the sweep's command in its folder: finished jobs are skipped, interrupted
            jobs resume from their checkpoints, failed jobs are retried with retry=true
@@ -75,12 +76,12 @@ def main(argv: Sequence[str]) -> int:
     if action == "list":
         return _list()
     if not options.get("tracking.uri"):
-        _select_store(names[0])
+        select_store_of_sweep(names[0])
     run_action = {"show": _show, "best": _best, "resume": _resume}[action]
     return run_action(names[0], options)
 
 
-def _select_store(name: str) -> None:
+def select_store_of_sweep(name: str) -> None:
     """Use the store in which the sweep was started if this folder's store does not have it."""
     from qtorch.study.sweep import SWEEP_TAG, find_sweep_uri, list_sweeps
 

@@ -528,6 +528,21 @@ def detect_frequency(calendar: pd.DatetimeIndex) -> str:
     return "day"
 
 
+def name_bars(bars: str | pd.Index) -> str:
+    """Name the bars of a frequency, or of dates, for texts and axes.
+
+    "trading days", "weeks", "months", "bars of 30min"; "bars" if their frequency is not known.
+    """
+    if not isinstance(bars, str):
+        try:
+            bars = detect_frequency(pd.DatetimeIndex(bars).unique().sort_values())
+        except DataError:
+            return "bars"
+    count, unit = parse_frequency(bars)
+    words = {"day": "trading days", "week": "weeks", "month": "months"}
+    return words[unit] if count == 1 and unit in words else f"bars of {frequency(bars)}"
+
+
 def bar_text(bar: pd.Timestamp) -> str:
     """Return the time of a bar as text that means only this instant, also as the end of a span.
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import numpy as np
 import pandas as pd
 
-from qtorch.core.errors import DataError
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 
 NameColumn: TypeAlias = str | int | Collection[str]
 """A column's name, its position, or alternative names, of which the first in the file is meant."""
@@ -359,6 +359,35 @@ def _iterate_names(names: Iterable[Any]) -> Iterator[str]:
             yield str(int(name))
         else:
             yield str(name)
+
+
+def find_stored_name(name: Any, stored_names: Collection[str], kind: str) -> str:
+    """Return a name of a configuration as it is stored; `kind` says of what it is the name.
+
+    YAML reads names without quotes as numbers, truth values or dates. A whole number means the name
+    of its digits if that is stored. Raises ConfigError for all others that are not text, and
+    DataError for a name that is not stored.
+    """
+    is_whole = isinstance(name, int | np.integer) and not isinstance(name, bool)
+    if not isinstance(name, str):
+        if is_whole and str(name) in stored_names:
+            return str(name)
+        raise ConfigError(not_text_message(name, kind))
+    if name not in stored_names:
+        raise DataError(unknown_name_message(kind, name, stored_names, limit=8))
+    return str(name)
+
+
+def not_text_message(name: Any, kind: str) -> str:
+    """Return the error message for a name that is not text, with what YAML may have done to it."""
+    octal = ""
+    if isinstance(name, int) and not isinstance(name, bool) and name >= 0:
+        octal = f" (YAML reads 00{name:o} without quotes as the octal number {name})"
+    return (
+        f"the {kind} {name!r} is not text{octal}; write a name that looks like a number, a date or "
+        'a truth value in quotes: "000300" in a YAML file, \'option="000300"\' on the command '
+        "line."
+    )
 
 
 def convert_decimals(table: pd.DataFrame) -> pd.DataFrame:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from qtorch.metrics.loss import Huber as Huber
     from qtorch.metrics.loss import Loss as Loss
     from qtorch.metrics.portfolio import concentration as concentration
-    from qtorch.metrics.portfolio import cumulative_return as cumulative_return
-    from qtorch.metrics.portfolio import drawdown as drawdown
     from qtorch.metrics.portfolio import indicator_analysis as indicator_analysis
-    from qtorch.metrics.portfolio import risk_analysis as risk_analysis
+    from qtorch.metrics.risk import cumulative_return as cumulative_return
+    from qtorch.metrics.risk import drawdown as drawdown
+    from qtorch.metrics.risk import risk_analysis as risk_analysis
     from qtorch.metrics.selection import Overfitting as Overfitting
     from qtorch.metrics.selection import SelectionTest as SelectionTest
     from qtorch.metrics.selection import SuperiorityTest as SuperiorityTest

@@ -3,8 +3,14 @@
 Returns are frames of days by strategies, as fractions per day. Days on which a strategy has no
 return are left out for all.
 
-The package `arch` has such tests too. It is not used, because it would bring statsmodels for a
-bootstrap of a few lines.
+The package `arch` has such tests too. It is not used: it would bring statsmodels for a bootstrap of
+a few lines, and its test of superior predictive ability compares means that are not divided by
+their standard errors, so that it is White's test here (`reality_check`), with which it agrees.
+
+How often the tests find something in noise is measured by `scripts/selection_study.py` on seeds
+that were used for nothing else (docs/numbers.md): a p-value of Hansen's test is under 5% in about
+5% of the repeats, but in 7% if returns are autocorrelated. The verdict of three figures holds in
+all.
 """
 
 from __future__ import annotations
@@ -75,12 +81,23 @@ class SelectionTest:
 
     @property
     def is_beyond_luck(self) -> bool:
-        """Whether all three agree: p-value under 5%, deflated over 95%, overfitting under 50%."""
+        """Whether all three agree: p-value under 5%, deflated over 95%, overfitting under 50%.
+
+        Measured among 500 strategies of noise: in at most 0.5% of the repeats. Of 750 days, a daily
+        Sharpe ratio of 0.2 (an annual one of 3.2) is found in three of four repeats.
+        """
         return (
             self.superiority.p_value < 0.05
             and self.sharpe.probability > 0.95
             and self.overfitting.probability < 0.5
         )
+
+    @property
+    def verdict(self) -> str:
+        """`is_beyond_luck` in words, or that there are too few days for the tests."""
+        if math.isnan(self.superiority.p_value) or math.isnan(self.overfitting.probability):
+            return f"too few days in common to judge: {self.superiority.num_days}"
+        return "better than luck" if self.is_beyond_luck else "not shown to be better than luck"
 
 
 def assess_selection(
@@ -144,8 +161,10 @@ def overfitting_probability(returns: pd.DataFrame, *, num_blocks: int = 16) -> O
         is_flat = variance <= 1e-20 * (mean**2 + centre**2)
         return mean, np.where(is_flat, -np.inf, mean / np.sqrt(np.where(is_flat, 1.0, variance)))
 
-    best = sharpes(chosen)[1].argmax(1)
-    other_means, other_sharpes = sharpes(1 - chosen)
+    means, ratios = sharpes(chosen)
+    best = ratios.argmax(1)
+    # The halves are in lexical order, so that the other half of the first one is the last one.
+    other_means, other_sharpes = means[::-1], ratios[::-1]
     rows = np.arange(len(halves))
     best_sharpe = other_sharpes[rows, best][:, None]
     smaller, equal = (other_sharpes < best_sharpe).sum(1), (other_sharpes == best_sharpe).sum(1)
@@ -171,21 +190,31 @@ def superiority_test(
 
     Hansen, "A Test for Superior Predictive Ability" (2005), and White, "A Reality Check for Data
     Snooping" (2000), by the stationary bootstrap of Politis and Romano (1994) with blocks of
-    `block_length` days on average (default: `stationary_block_length`, the mean of the
-    strategies'). For a comparison with a benchmark, pass returns in excess of it. All p-values are
-    NaN for fewer than 20 days.
+    `block_length` days on average (default: `stationary_blocks`, the mean of the strategies'). For
+    a comparison with a benchmark, pass returns in excess of it. All p-values are NaN for fewer than
+    20 days.
+
+    Two corrections of Hansen's test, which otherwise finds too much (in 6.1% of the repeats of 250
+    days of noise, in 11.6% with an autocorrelation of 0.15): the largest of the ratios to their
+    estimated standard errors is compared as one of a t distribution, and with the default block
+    length the errors are enlarged by what blocks lose of the dependence.
     """
     values = _complete_days(returns)
     days, strategies = values.shape
-    if block_length is None:
-        block_length = _mean_block_length(values)
-    length = float(block_length)
+    length, inflation = 1.0 if block_length is None else float(block_length), 1.0
+    has_days = days >= MIN_DAYS and strategies > 0
+    if has_days and block_length is None:
+        lengths, variances = stationary_blocks(values)
+        length = float(lengths.mean())
+        inflation = _block_inflation(values, variances, length)
     if length < 1 or num_samples < 1:
         raise ArgumentError(
             f"block_length={block_length}, num_samples={num_samples}: expected at least 1."
         )
     means = values.mean(0) if days else np.zeros(strategies)
-    errors = _long_run_errors(values, 1 / length) if days >= MIN_DAYS else np.zeros(strategies)
+    errors = np.zeros(strategies)
+    if has_days:
+        errors = inflation * _long_run_errors(values, 1 / length)
     used = errors > 1e-12 * np.abs(values).max(initial=0)
     if not used.any():
         nan = math.nan
@@ -196,6 +225,9 @@ def superiority_test(
     ratios = root * means / errors
     statistic = max(float(ratios.max()), 0.0)
     samples = _bootstrap_means(values, 1 / length, num_samples, seed)
+    # Samples have the errors of the data, whose own ratios are those of a t distribution.
+    samples = means + inflation * (samples - means)
+    normal_statistic = _normal_quantile(statistic, days - 1)
     threshold = -math.sqrt(2 * math.log(math.log(days)))
     centres = {
         "lower": np.maximum(means, 0),
@@ -203,7 +235,7 @@ def superiority_test(
         "upper": means,
     }
     p_values = {
-        name: float(((root * (samples - c) / errors).max(1).clip(min=0) > statistic).mean())
+        name: float(((root * (samples - c) / errors).max(1).clip(min=0) > normal_statistic).mean())
         for name, c in centres.items()
     }
     reality_check = float(((samples - means).max(1) > means.max()).mean())
@@ -221,11 +253,12 @@ def superiority_test(
     )
 
 
-def stationary_block_length(values: np.ndarray) -> np.ndarray:
+def stationary_blocks(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the block length that suits each column of `values [days, strategies]`, at least 1.
 
     Politis and White, "Automatic Block-Length Selection for the Dependent Bootstrap" (2004), with
-    the correction of Patton, Politis and White (2009), for the stationary bootstrap.
+    the correction of Patton, Politis and White (2009), for the stationary bootstrap. The second
+    result are the variances of root(days) times the mean that they estimate for it.
     """
     days = len(values)
     num_checked = max(5, math.ceil(math.sqrt(math.log10(days))))
@@ -236,7 +269,7 @@ def stationary_block_length(values: np.ndarray) -> np.ndarray:
     )
     variance = np.where(covariances[0] > 0, covariances[0], 1.0)
     is_large = np.abs(covariances[1:] / variance) >= 2 * math.sqrt(math.log10(days) / days)
-    lengths = np.ones(values.shape[1])
+    lengths, variances = np.ones((2, values.shape[1]))
     for k in range(values.shape[1]):
         # The last lag before the first `num_checked` small correlations in a row.
         runs = np.convolve(is_large[:, k], np.ones(num_checked), "valid")
@@ -247,15 +280,33 @@ def stationary_block_length(values: np.ndarray) -> np.ndarray:
         weights = np.clip(2 * (1 - lags / width), 0, 1)
         slope = 2 * float((weights * lags * covariances[1 : width + 1, k]).sum())
         level = covariances[0, k] + 2 * float((weights * covariances[1 : width + 1, k]).sum())
+        variances[k] = max(level, 0.0)
         if level > 0:
             lengths[k] = (abs(slope) / level) ** (2 / 3) * days ** (1 / 3)
-    return lengths.clip(1, max(1.0, math.ceil(min(3 * math.sqrt(days), days / 3))))
+    longest = max(1.0, math.ceil(min(3 * math.sqrt(days), days / 3)))
+    return lengths.clip(1, longest), variances
 
 
-def _mean_block_length(values: np.ndarray) -> float:
-    if len(values) < MIN_DAYS or not values.shape[1]:
+def _block_inflation(values: np.ndarray, variances: np.ndarray, length: float) -> float:
+    """The factor, at least 1, by which blocks make the standard errors of the means too small.
+
+    Blocks lose the dependence at their ends. One factor for all strategies has less noise than
+    their own, which the largest of many ratios would pick out.
+    """
+    scale = values.var(0)
+    is_used = scale > 0
+    if not is_used.any():
         return 1.0
-    return float(stationary_block_length(values).mean())
+    by_blocks = _long_run_errors(values[:, is_used], 1 / length) ** 2 / scale[is_used]
+    return math.sqrt(
+        max(1.0, float((variances[is_used] / scale[is_used]).mean() / by_blocks.mean()))
+    )
+
+
+def _normal_quantile(ratio: float, freedom: int) -> float:
+    """The normal quantile with the tail of a t `ratio` (Wallace, 1959), to three digits."""
+    scale = (8 * freedom + 1) / (8 * freedom + 3)
+    return scale * math.sqrt(freedom * math.log1p(ratio**2 / freedom))
 
 
 def _complete_days(returns: pd.DataFrame) -> np.ndarray:

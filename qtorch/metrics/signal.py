@@ -17,7 +17,7 @@ from qtorch.core.errors import ArgumentError, DataError
 Floats = NDArray[np.float64]
 Numbers = NDArray[np.int64]
 
-HORIZONS = (1, 2, 3, 4, 5, 10, 15, 20)  # trading days of the default IC decay
+HORIZONS = (1, 2, 3, 4, 5, 10, 15, 20)  # bars of the default IC decay
 # A standard deviation below this fraction of the mean is rounding error: the values are constant.
 _RELATIVE_SPREAD = 1e-14
 

@@ -17,7 +17,8 @@ from qtorch.core.instantiate import fill_placeholder, flatten_dict, resolve_conf
 from qtorch.core.session import session
 from qtorch.data.handler.handler import DataHandler
 from qtorch.data.source.frame import build_source, default_source
-from qtorch.metrics.portfolio import indicator_analysis, periods_per_year, risk_analysis
+from qtorch.metrics.portfolio import indicator_analysis
+from qtorch.metrics.risk import periods_per_year, risk_analysis
 from qtorch.record.base import Names, Record
 from qtorch.record.signal import SignalRecord, finite_metrics
 from qtorch.tracking.recorder import Recorder, current_recorder
@@ -188,16 +189,18 @@ class PortAnaRecord(Record):
 
     def _source(self) -> Any:
         """Return the dataset's source of bars; None means that of `qtorch.init`."""
-        return getattr(self._handler(), "source", None)
+        handler = self._handler()
+        return None if handler is None else handler.bars_source()
 
-    def _handler(self) -> Any:
-        """Return the handler of the run's dataset; None without a dataset."""
+    def _handler(self) -> DataHandler | None:
+        """Return the handler of the run's dataset; None if there is none of qtorch's."""
         if self.dataset is None and (self._recorder or current_recorder()) is not None:
             try:
                 self.dataset = self.recorder.load_object("dataset")
             except LoadObjectError:
                 return None
-        return getattr(self.dataset, "handler", None)
+        handler = getattr(self.dataset, "handler", None)
+        return handler if isinstance(handler, DataHandler) else None
 
     def _data_freq(self) -> str | None:
         """Return the frequency of the dataset, else of the source; None if there is neither."""
@@ -206,10 +209,10 @@ class PortAnaRecord(Record):
         if config is not None:
             return build_source(config).resolve_frequency()
         handler = self._handler()
-        freq = handler.frequency() if isinstance(handler, DataHandler) else None
+        freq = None if handler is None else handler.frequency()
         if freq is not None:
             return freq
-        source = getattr(handler, "source", None)
+        source = self._source()
         if source is None and session().provider_uri is not None:
             source = default_source()
         return None if source is None else str(source.resolve_frequency())

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pandas as pd
 
 from qtorch.core.errors import LoadObjectError, RecordError
-from qtorch.metrics.portfolio import periods_per_year
+from qtorch.metrics.risk import periods_per_year
 from qtorch.metrics.signal import (
     annual_return,
     annual_sharpe,

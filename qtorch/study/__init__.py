@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from qtorch.study.collect import RollingGroup as RollingGroup
     from qtorch.study.collect import SingleKeyEnsemble as SingleKeyEnsemble
     from qtorch.study.comparison import Comparison as Comparison
+    from qtorch.study.comparison import RunSelection as RunSelection
+    from qtorch.study.comparison import assess_runs as assess_runs
     from qtorch.study.comparison import compare_runs as compare_runs
     from qtorch.study.comparison_page import write_comparison as write_comparison
     from qtorch.study.export import ExportResult as ExportResult

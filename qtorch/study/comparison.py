@@ -21,8 +21,8 @@ from qtorch.metrics.significance import (
     paired_test,
 )
 from qtorch.record.report.results import (
-    RunResults,
     has_benchmark,
+    load_portfolio_report,
     model_name,
     net_excess_return,
     net_return,
@@ -99,13 +99,26 @@ class GroupTest:
 
 
 @dataclass(frozen=True)
+class RunSelection:
+    """The result of `assess_runs`: `test` assesses the choice of the best of the runs.
+
+    `returns_description` describes the daily returns that were used, `tries_description` where the
+    number of tries comes from.
+    """
+
+    test: SelectionTest
+    tries: int
+    tries_description: str
+    returns_description: str
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The result of `compare_runs`.
 
     `sharpe` holds the deflated Sharpe ratio by run ID, as if the run were the best of `tries`;
     `selection` assesses the choice of the best run (None without two runs with daily returns).
-    `returns_description` describes the daily returns that were used, `tries_description` where the
-    number of tries comes from.
+    The descriptions are those of `RunSelection`.
     """
 
     groups: tuple[RunGroup, ...]
@@ -138,7 +151,7 @@ def compare_runs(recorders: Sequence[Recorder], *, tries: int | None = None) -> 
     if len(recorders) < 2:
         raise ConfigError(f"a comparison needs two different runs; got {len(recorders)}.")
     results_list = [run_results(r) for r in recorders]
-    daily, description = _daily_returns(recorders, results_list)
+    daily, description = _daily_returns(recorders, [r.report for r in results_list])
     runs = [
         ComparedRun(
             id=str(recorder.id),
@@ -152,25 +165,45 @@ def compare_runs(recorders: Sequence[Recorder], *, tries: int | None = None) -> 
         )
         for recorder, results, returns in zip(recorders, results_list, daily, strict=True)
     ]
-    num_tries, source = len(runs), "the compared runs"
-    if tries is not None:
-        num_tries, source = tries, "as given"
-    elif (num_jobs := count_tried_jobs(recorders)) > len(runs):
-        num_tries, source = num_jobs, "all jobs of the runs' sweeps"
-    if num_tries < len(runs):
-        raise ConfigError(
-            f"tries={tries}, but {len(runs)} runs are compared and each of them counts as a try."
-        )
+    num_tries, source = _count_tries(recorders, tries)
     groups = group_runs(runs)
     return Comparison(
         groups=groups,
         tests=tuple(t for series in SERIES_TITLES for t in _test_pairs(groups, series)),
         sharpe=_sharpe_by_run(runs, num_tries),
-        selection=_assess_runs(runs, num_tries),
+        selection=_assess_returns({r.id: r.returns for r in runs}, num_tries),
         tries=num_tries,
         tries_description=source,
         returns_description=description,
     )
+
+
+def assess_runs(recorders: Sequence[Recorder], *, tries: int | None = None) -> RunSelection | None:
+    """Assess the choice of the best of the runs by Sharpe ratio; None without two daily returns.
+
+    The daily returns, the tests and `tries` are those of `compare_runs`.
+    """
+    recorders = list({r.id: r for r in recorders}.values())
+    daily, description = _daily_returns(recorders, [load_portfolio_report(r) for r in recorders])
+    num_tries, source = _count_tries(recorders, tries)
+    returns = {str(r.id): values for r, values in zip(recorders, daily, strict=True)}
+    test = _assess_returns(returns, num_tries)
+    return None if test is None else RunSelection(test, num_tries, source, description)
+
+
+def _count_tries(recorders: Sequence[Recorder], tries: int | None) -> tuple[int, str]:
+    """The number of strategies that were tried, and where it comes from."""
+    num_tries, source = len(recorders), "the compared runs"
+    if tries is not None:
+        num_tries, source = tries, "as given"
+    elif (num_jobs := count_tried_jobs(recorders)) > num_tries:
+        num_tries, source = num_jobs, "all jobs of the runs' sweeps"
+    if num_tries < len(recorders):
+        raise ConfigError(
+            f"tries={tries}, but {len(recorders)} runs are compared and each of them counts as a "
+            "try."
+        )
+    return num_tries, source
 
 
 def group_runs(runs: Sequence[ComparedRun]) -> tuple[RunGroup, ...]:
@@ -235,11 +268,11 @@ def shorten(text: str, length: int) -> str:
 
 
 def _daily_returns(
-    recorders: Sequence[Recorder], results_list: Sequence[RunResults]
+    recorders: Sequence[Recorder], portfolio_reports: Sequence[pd.DataFrame | None]
 ) -> tuple[list[pd.Series | None], str]:
     """The same kind of daily return of every run, and its name."""
-    reports = [r.report for r in results_list if r.report is not None]
-    if len(reports) < len(results_list):
+    reports = [r for r in portfolio_reports if r is not None]
+    if len(reports) < len(recorders):
         long_short = "sig_analysis/long_short_r.pkl"
         return [load_if_present(r, long_short) for r in recorders], LONG_SHORT
     if all(has_benchmark(r) for r in reports):
@@ -266,6 +299,6 @@ def _sharpe_by_run(runs: Sequence[ComparedRun], tries: int) -> dict[str, Deflate
     }
 
 
-def _assess_runs(runs: Sequence[ComparedRun], tries: int) -> SelectionTest | None:
-    table = pd.DataFrame({r.id: r.returns for r in runs if r.returns is not None})
+def _assess_returns(returns: Mapping[str, pd.Series | None], tries: int) -> SelectionTest | None:
+    table = pd.DataFrame({run: r for run, r in returns.items() if r is not None})
     return assess_selection(table, tries=tries) if table.shape[1] > 1 else None

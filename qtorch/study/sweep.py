@@ -168,6 +168,12 @@ def sweep_jobs(sweep_id: str) -> list[JobResult]:
     return sorted(jobs.values(), key=lambda j: (j.number, j.run_id))
 
 
+def list_finished_runs(jobs: Sequence[JobResult]) -> list[Recorder]:
+    """The runs of the jobs that have finished; jobs that repeat the same run count once."""
+    ids = dict.fromkeys(j.run_id for j in jobs if j.status == Recorder.STATUS_FI and j.run_id)
+    return [R.get_recorder(recorder_id=run) for run in ids]
+
+
 def count_tried_jobs(recorders: Sequence[Recorder]) -> int:
     """Count the different jobs of all sweeps and searches that the runs belong to, and other runs.
 

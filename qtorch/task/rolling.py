@@ -86,15 +86,20 @@ def task_source(task: Mapping[str, Any]) -> Any:
             if source is not None
             else config_arguments(arguments.get("data_loader")).get("source")
         )
-    return getattr(handler, "source", None)
+    return handler.bars_source() if _is_handler(handler) else None
+
+
+def _is_handler(handler: Any) -> bool:
+    from qtorch.data.handler.handler import DataHandler
+
+    return isinstance(handler, DataHandler)
 
 
 def task_frequency(task: Mapping[str, Any]) -> str | None:
     """Return the frequency of a task's data; None if its configuration leaves it to the source."""
     handler = task_handler(task)
     if not isinstance(handler, Mapping):
-        own_frequency = getattr(handler, "frequency", None)
-        return own_frequency() if callable(own_frequency) else None
+        return handler.frequency() if _is_handler(handler) else None
     arguments = config_arguments(handler)
     freq = arguments.get("freq", config_arguments(arguments.get("data_loader")).get("freq"))
     return next(iter(freq.values()), None) if isinstance(freq, Mapping) else freq

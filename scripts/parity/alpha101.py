@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from random_prices import random_prices
 
 from qtorch.data.expression import evaluate
 from qtorch.data.handler.alpha101 import alpha101
@@ -29,25 +30,13 @@ NUM_DATES, NUM_INSTRUMENTS, FIRST_FULL_DATE = 600, 64, 450
 SCALES = {1: (1.0, 0.5), 4: (9.0, 0.0), 43: (160.0, 0.0), 52: (5.0, 0.0)}
 
 
-def random_prices(seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    shape = (NUM_DATES, NUM_INSTRUMENTS)
-    close = 20 * np.exp(np.cumsum(rng.normal(0, 0.02, shape), 0))
-    first = close * np.exp(rng.normal(0, 0.01, shape))
-    high = np.maximum(first, close) * (1 + rng.random(shape) * 0.02)
-    low = np.minimum(first, close) * (1 - rng.random(shape) * 0.02)
-    vwap = (high + low + close) / 3 * (1 + rng.normal(0, 0.002, shape))
-    volume = np.exp(rng.normal(12, 0.5, shape))
-    prices = {"open": first, "high": high, "low": low, "close": close}
-    prices |= {"vwap": vwap, "volume": volume}
-    return {name: values.astype(np.float32) for name, values in prices.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kunquant-python", required=True)
     args = parser.parse_args()
-    prices = random_prices()
+    shape = NUM_DATES, NUM_INSTRUMENTS
+    random_values = random_prices(np.random.default_rng(0), shape)
+    prices = {name: values.astype(np.float32) for name, values in random_values.items()}
     with tempfile.TemporaryDirectory() as folder:
         bars_file, result_file = Path(folder) / "bars.npz", Path(folder) / "kunquant.npz"
         np.savez(bars_file, **prices)

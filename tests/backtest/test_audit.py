@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -81,6 +83,21 @@ def test_a_deal_price_that_never_was_is_found(source, days):
     message = "outside the low and the high.*2020-01-02 A: price 13, low 10, high 12"
     with pytest.raises(AuditError, match=message):
         run(source, days, deal_price="$close+2").check()
+
+
+@pytest.mark.parametrize("field", ["close", "open"])
+def test_a_close_or_open_outside_its_own_bar_is_a_fault_of_the_data(days, caplog, field):
+    close = {n: [10.0, 11, 12, 13, 12] for n in "ABC"}
+    price = pd.DataFrame(close) if field == "close" else pd.DataFrame(close) + 0.5
+    low, high = price - 1, price + 1
+    high.loc[1, "A"] = price.loc[1, "A"] - 0.1  # bought on the first day
+    source = bars(close, low=low, high=high, open=price)
+    assert run(source, days, deal_price=field).check().num_data_faults == 1
+    message = f"1 of .* fault of the data: first 2020-01-02 A: price {price.loc[1, 'A']:.10g}, low"
+    assert re.search(message, caplog.text)
+    # Another price outside the range is an error, in the same bar too.
+    with pytest.raises(AuditError, match=r"outside the low and the high.*2020-01-02 A: price"):
+        run(source, days, deal_price=f"${field}*1.02").check()
 
 
 def test_costs_with_impact_and_partial_fills_pass(source, days):

@@ -10,6 +10,7 @@ from small_market import bars, score_table
 from qtorch.backtest import LongShortStrategy, TopkDropoutStrategy, WeightStrategy, backtest
 from qtorch.backtest.run import benchmark_returns
 from qtorch.core.errors import ConfigError
+from qtorch.data.source.frame import FrameSource
 
 FREE = {"open_cost": 0.0, "close_cost": 0.0, "min_cost": 0.0, "trade_unit": None}
 NAN = np.nan
@@ -160,6 +161,35 @@ def test_change_knows_of_a_split_that_raw_prices_do_not_show(days):
         change={"A": [0, 0.02, 0, 0, 0]},
     )
     assert first_purchase(source, days, "open") == (days[1], 5)
+
+
+@pytest.mark.parametrize("with_change", [False, True])
+def test_the_limit_of_bars_within_a_day_is_that_of_the_day(with_change):
+    """The reference of all bars of a day is the last close of the day before, as on exchanges."""
+    times = pd.DatetimeIndex(
+        [f"2020-01-0{day} {hour:02}:00" for day in (2, 3) for hour in (10, 11, 13, 14)],
+        name="datetime",
+    )
+    close = [10.0, 10.0, 10.4, 10.0, 10.6, NAN, 11.2, 10.8]
+    frame = pd.DataFrame({"close": close, "volume": 1e6, "factor": 1.0}, index=times)
+    if with_change:
+        frame["change"] = frame["close"].dropna().pct_change()
+    frame = pd.concat({"A": frame}, names=["instrument"]).swaplevel()
+    source = FrameSource(frame, freq="60min")
+    scores = pd.Series(1.0, index=frame.index, name="score")
+
+    def purchase(first_score, **kwargs):
+        exchange = {"limit_threshold": 0.1, "freq": "60min"}
+        plan = scores[scores.index.get_level_values(0) >= times[first_score]]
+        orders = run(topk(plan), source, exchange=exchange, **kwargs).orders
+        dealt = orders[orders["deal_amount"] > 0]
+        return dealt.index[0][0]
+
+    assert purchase(3) == times[4]  # +6%
+    # At 13:00 the bar is 5.7% above the one before, but 12% above the day before.
+    assert purchase(5) == times[7]
+    if with_change:
+        assert purchase(5, as_qlib=True) == times[6]
 
 
 def test_the_default_limit_is_that_of_the_region(days):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import qtorch
 from qtorch import R
 from qtorch.cli.main import main
+from qtorch.study.sweep import JOB_TAG, start_sweep
+from qtorch.tracking.mlflow_store import open_store
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -51,6 +54,38 @@ def test_report_of_one_run(ids, capsys, tmp_path):
 
 
 @pytest.mark.slow
+def test_choice_among_the_jobs_of_a_sweep_is_judged(ids, capsys, tmp_path):
+    sweep = start_sweep("zoo", "debug", ["seed=0,1,2"], overrides=["seed=0,1,2"], count=3)
+    days = pd.bdate_range("2020-01-01", periods=120, name="datetime")
+    with R.start(experiment_name="debug"):
+        failed_run = str(R.get_recorder().id)
+    for number, run in enumerate([*ids, failed_run]):
+        recorder = R.get_recorder(recorder_id=run)
+        job = {"number": number, "overrides": [f"seed={number}"]}
+        recorder.set_tags(**{JOB_TAG + str(sweep.id): json.dumps(job)})
+        if run == failed_run:
+            open_store(R.get_uri()).set_status(run, "FAILED")
+            continue
+        returns = pd.Series(np.random.default_rng(number).normal(0.002 * number, 0.01, 120), days)
+        recorder.save_objects(artifact_path="sig_analysis", **{"long_short_r.pkl": returns})
+    assert main(["sweep", "show", "zoo"]) == 0
+    out = capsys.readouterr().out
+    assert "best Sharpe ratio:" in out
+    assert "job 1 (not annual, 120 bars of the half of (top quintile" in out
+    # The failed job is a try too.
+    assert "chosen among 3 tries: not shown to be better than luck (Hansen's p 0." in out
+    assert "probability of overfitting" in out
+    assert "deflated Sharpe ratio" in out
+    assert main(["report", "sweep=zoo"]) == 0
+    assert "comparison of 2 runs" in capsys.readouterr().out
+    text = Path(tmp_path, "comparison", "comparison.html").read_text()
+    assert "By the three tests together it is not shown to be better than luck" in text
+    open_store(R.get_uri()).set_status(ids[0], "FAILED")
+    assert main(["report", "sweep=zoo"]) == 1
+    assert "needs two finished jobs, and it has 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_comparison_of_several_runs(ids, capsys, tmp_path):
     assert main(["report", f"runs=[{','.join(ids)}]", "log=true"]) == 0
     assert "comparison of 2 runs" in capsys.readouterr().out
@@ -66,7 +101,9 @@ def test_comparison_of_several_runs(ids, capsys, tmp_path):
         (["runs=[]"], "at least one run ID"),
         (["runs=[nosuchrun]"], "nosuchrun"),
         (["runs=[x]", "out=nowhere/there"], "does not exist"),
-        ([], "runs"),
+        ([], "got neither"),
+        (["runs=[x]", "sweep=y"], "got both"),
+        (["sweep=nosuchsweep"], "unknown sweep 'nosuchsweep'"),
         (["runs=[x]", "modes=sum"], "mode"),
     ],
 )

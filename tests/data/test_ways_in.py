@@ -23,6 +23,7 @@ from qtorch.data import (
     TableSource,
 )
 from qtorch.data.describe import describe
+from qtorch.data.handler.alpha import market_features
 from qtorch.data.source.writer import write_qlib
 
 NAMES = ["000001", "1E5", "INF", "NA", "NaN", "None", "TRUE", "false", "null"]
@@ -226,9 +227,26 @@ def test_benchmarks():
     returns = pd.Series([0.5, 0.25], index=[20200102, 20200113])
     assert benchmark_returns(returns, source, dates, "day").tolist() == [0.5, 0.25]
     assert benchmark_returns("TRUE", source, dates, "day").tolist() == [0.0, 0.0]
-    for name in (float("nan"), True, 192):
-        with pytest.raises(ConfigError, match=r"is not text; write a name .* in quotes"):
+    for name in (float("nan"), True, 192, 1e5, [192]):
+        with pytest.raises(ConfigError, match=r"is not text.*; write a name .* in quotes"):
             benchmark_returns(name, source, dates, "day")
+
+
+def test_names_that_yaml_has_made_numbers():
+    """Unquoted, YAML reads 000300 as 192, 1E5 as 100000.0 and TRUE as a truth value."""
+    table = long_table().replace({"ticker": {"1E5": "600000"}})
+    source = FrameSource(table, universes={"300": ["000001"]})
+    assert len(benchmark_returns([600000], source, source.calendar(), "day")) == 2
+    assert list(source.features([600000], ["$close"]).index.unique("instrument")) == ["600000"]
+    assert len(source.instruments(300)) == 1
+    number = r"the universe 192 is not text \(YAML reads 00300 .* as the octal number 192\); write"
+    for universe in (192, 1e5, True, pd.Timestamp("2020-01-02"), [192], [True], {1e5: []}):
+        with pytest.raises(ConfigError, match=number if universe == 192 else "not text.*quotes"):
+            source.features(universe, ["$close"])
+    with pytest.raises(DataError, match=r"universe 'octal': the instrument 192 is not text"):
+        FrameSource(table, universes={"octal": [192]}).instruments("octal")
+    with pytest.raises(ConfigError, match="the instrument of market 192 is not text"):
+        market_features([192])
 
 
 # -- the files of Qlib -----------------------------------------------------------------------------

@@ -10,12 +10,8 @@ import pytest
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.session import session_context
-from qtorch.metrics.portfolio import (
-    drawdown,
-    indicator_analysis,
-    periods_per_year,
-    risk_analysis,
-)
+from qtorch.metrics.portfolio import indicator_analysis
+from qtorch.metrics.risk import drawdown, periods_per_year, risk_analysis
 
 RETURNS = [-0.01, -0.02, 0.005, 0.03, -0.01, 0.0, -0.015, 0.02]
 

@@ -37,7 +37,7 @@ class Dataset:
     """The part of a dataset that records read: its source of bars."""
 
     def __init__(self, source):
-        self.handler = type("Handler", (), {"source": source})()
+        self.handler = DataHandlerLP("all", data_loader=QlibDataLoader(["$close"]), source=source)
 
 
 @pytest.fixture
@@ -267,24 +267,31 @@ def test_precision_of_intraday_scores(recorder):
 # -- bars within a day, regions --------------------------------------------------------------------
 
 
-def intraday_run(recorder) -> DatasetH:
-    """Store scores of half-hours, four a day, and return their dataset."""
+def intraday_run(recorder, *, has_own_source=False) -> DatasetH:
+    """Store scores of half-hours, four a day, and return their dataset.
+
+    The source of its bars is that of the handler, or the loader's own.
+    """
     days = pd.bdate_range("2024-01-02", periods=12)
     stamps = [d + pd.Timedelta(minutes=m) for d in days for m in (600, 630, 660, 690)]
     names = list("ABCDEFGHIJ")
     index = pd.MultiIndex.from_product([stamps, names], names=["datetime", "instrument"])
     close = 10 * np.exp(np.random.default_rng(0).normal(0, 0.01, (48, 10)).cumsum(0)).ravel()
     bars = pd.DataFrame({"close": close, "volume": 1e5}, index)
-    loader = QlibDataLoader({"feature": ["$close"], "label": ["Ref($close, -1)/$close-1"]})
-    handler = DataHandlerLP("all", data_loader=loader, source=FrameSource(bars))
+    fields = {"feature": ["$close"], "label": ["Ref($close, -1)/$close-1"]}
+    source = FrameSource(bars)
+    own_source, other_source = (source, None) if has_own_source else (None, source)
+    loader = QlibDataLoader(fields, source=own_source)
+    handler = DataHandlerLP("all", data_loader=loader, source=other_source)
     score = (-bars[["close"]]).rename(columns={"close": "score"}).iloc[:400]
     label = bars[["close"]].groupby(level=1).pct_change().fillna(0.0).iloc[:400]
     recorder.save_objects(**{"pred.pkl": score, "label.pkl": label})
     return DatasetH(handler, {"test": ("2024-01-02", "2024-01-17")})
 
 
-def test_records_have_the_frequency_of_the_dataset(recorder):
-    dataset = intraday_run(recorder)
+@pytest.mark.parametrize("has_own_source", [False, True])
+def test_records_have_the_frequency_of_the_dataset(recorder, has_own_source):
+    dataset = intraday_run(recorder, has_own_source=has_own_source)
     strategy = {"class": "TopkDropoutStrategy", "kwargs": {"signal": "<PRED>", "topk": 2}}
     strategy["kwargs"]["n_drop"] = 1
     record = PortAnaRecord(recorder, {"strategy": strategy}, dataset=dataset)

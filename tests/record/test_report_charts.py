@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from qtorch.metrics import concentration, ic_decay, quantile_returns, score_autocorrelation
+from qtorch.metrics import calc_ic, concentration, ic_decay, quantile_returns, score_autocorrelation
 from qtorch.record.report.chart_style import NARROW, SERIES, WIDE, new_figure
 from qtorch.record.report.page import _png, format_number
 from qtorch.record.report.portfolio_charts import (
@@ -20,9 +20,11 @@ from qtorch.record.report.portfolio_charts import (
     return_chart,
     turnover_chart,
 )
+from qtorch.record.report.results import signal_tables
 from qtorch.record.report.signal_charts import (
     autocorrelation_chart,
     decay_chart,
+    ic_chart,
     monthly_chart,
     monthly_means,
     quantile_chart,
@@ -101,6 +103,22 @@ def test_all_axes_are_labelled_in_both_formats(draw, name):
             assert axis.get_title(loc="left")
             assert axis.get_xlabel()
             assert axis.get_ylabel() or name == "dots"
+
+
+def test_lags_and_horizons_are_said_in_the_bars_of_the_scores():
+    times = pd.date_range("2024-01-02 09:30", periods=6, freq="30min")
+    times = times.append(times + pd.Timedelta(days=1))
+    index = pd.MultiIndex.from_product([times, NAMES], names=["datetime", "instrument"])
+    score = pd.Series(np.random.default_rng(0).normal(size=len(index)), index)
+    tables = signal_tables(score, score, (1, 2), (1,), 2)
+    assert tables.bars == "bars of 30min"
+    figure = decay_chart(tables.decay, bars=tables.bars)
+    assert figure.axes[0].get_xlabel() == "horizon, bars of 30min"
+    assert autocorrelation_chart(tables.autocorrelation).axes[0].get_xlabel() == (
+        "lag, bars of 30min"
+    )
+    ic = calc_ic(score, score)[0]
+    assert ic_chart(ic, ic).axes[2].get_title(loc="left") == "Distribution over 12 bars of 30min"
 
 
 def test_all_charts_are_tested(draw):

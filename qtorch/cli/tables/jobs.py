@@ -21,7 +21,7 @@ from qtorch.cli.tables.console import (
     terminal,
     with_label,
 )
-from qtorch.core.errors import ConfigError, format_count
+from qtorch.core.errors import ConfigError, QtorchError, format_count
 from qtorch.core.secrets import redact_urls
 from qtorch.study.sweep import (
     JobResult,
@@ -30,6 +30,7 @@ from qtorch.study.sweep import (
     best_job,
     choose_metric,
     common_overrides,
+    list_finished_runs,
     resolve_mode,
     seed_groups,
 )
@@ -138,6 +139,7 @@ def print_sweep(
         except ConfigError as error:
             # The runs have no Rank IC; users can run qtorch sweep best NAME metric=...
             log.debug("%s", error)
+        _print_selection(jobs)
     console.print(with_label("view the runs:", mlflow_command()), soft_wrap=True)
 
 
@@ -172,6 +174,36 @@ def print_best(
     if group is not None and len(group.jobs) > 1:
         text = f"{_mean_text(group, metric)}  {group.name}"
         console.print(with_label("best over seeds:", text), soft_wrap=True)
+
+
+def _print_selection(jobs: Sequence[JobResult]) -> None:
+    """Print what the choice of the job with the best returns is worth, knowing all that were tried.
+
+    Nothing is printed without two finished jobs with daily returns.
+    """
+    from qtorch.study.comparison import assess_runs
+
+    try:
+        selection = assess_runs(list_finished_runs(jobs))
+    except QtorchError as error:
+        log.warning("cannot assess the choice of the best job: %s", error)
+        return
+    if selection is None:
+        return
+    test, console = selection.test, terminal()
+    numbers = {j.run_id: j.number for j in jobs}
+    returns = f"{test.superiority.num_days} bars of the {selection.returns_description}"
+    text = f"{format_number(test.sharpe.sharpe)}  job {numbers[test.best]} (not annual, {returns})"
+    console.print(with_label("best Sharpe ratio:", text), soft_wrap=True)
+    figures = {
+        "Hansen's p": test.superiority.p_value,
+        "Reality Check p": test.superiority.reality_check,
+        "probability of overfitting": test.overfitting.probability,
+        "deflated Sharpe ratio": test.sharpe.probability,
+    }
+    text = ", ".join(f"{name} {format_number(value, 2)}" for name, value in figures.items())
+    text = f"{test.verdict} ({text})"
+    console.print(with_label(f"chosen among {selection.tries} tries:", text), soft_wrap=True)
 
 
 def jobs_table(title: str, jobs: Sequence[JobResult], common: Collection[str] = ()) -> Table:

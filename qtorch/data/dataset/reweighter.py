@@ -117,10 +117,11 @@ class ExpressionWeight(Reweighter):
     def bind(self, dataset: Any) -> None:
         """Use the dataset's frequency, and its source of bars if none was passed."""
         handler = getattr(dataset, "handler", None)
+        if not isinstance(handler, DataHandler):
+            return
         if self.source is None:
-            self._source = getattr(handler, "source", None)
-        if isinstance(handler, DataHandler):
-            self._freq = handler.frequency()
+            self._source = handler.bars_source()
+        self._freq = handler.frequency()
 
     def reweight(self, data: pd.DataFrame) -> pd.Series:
         source = self._source or default_source()

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 from weakref import WeakSet
 
 from qtorch.core.errors import ConfigError, ExpressionError, join_names, unknown_name_message
+from qtorch.core.tables import not_text_message
 from qtorch.data.expression import expression_fields
 from qtorch.data.handler.handler import DataHandlerLP
 from qtorch.data.handler.loader import QlibDataLoader
@@ -31,7 +32,7 @@ VWAP_HINT = (
     "'handler.vwap=\"(high+low+close)/3\"')"
 )
 # Those that have warned already; an attribute would be part of a user's loader's cache key.
-_loaders_without_vwap: WeakSet[_AlphaDL] = WeakSet()
+_loaders_without_vwap: WeakSet[AlphaDL] = WeakSet()
 _BARE_FIELD = re.compile(r"(?<![\w$.])([A-Za-z_]\w*)(?!\w*\s*\()")
 STEPS = 60  # the days of Alpha360's windows
 
@@ -198,6 +199,9 @@ def market_features(instruments: Sequence[str]) -> Features:
     """
     if isinstance(instruments, str):
         raise ConfigError(f"market must be a list of instruments, got {instruments!r}.")
+    for name in instruments:
+        if not isinstance(name, str):
+            raise ConfigError(not_text_message(name, "instrument of market"))
     daily_return, amount = "$close/Ref($close, 1)-1", "$close*$volume"
     columns = {"RET": daily_return}
     for d in _WINDOWS:
@@ -262,7 +266,7 @@ def _numbers(value: object) -> tuple[int, ...]:
 # -- loaders ---------------------------------------------------------------------------------------
 
 
-class _AlphaDL(QlibDataLoader):
+class AlphaDL(QlibDataLoader):
     """Common base of the Alpha loaders: what stands for a vwap that the bars do not have.
 
     `vwap`: an expression of the same bar's fields, such as `(high+low+close)/3`; None for NaN.
@@ -301,7 +305,7 @@ class _AlphaDL(QlibDataLoader):
             for name, expression in expressions.items()
             if VWAP in expression_fields(expression)
         ]
-        if not columns or VWAP in source.fields(self.freq):
+        if not columns or source.find_fields([VWAP], self.freq):
             return source
         own_columns = [name for name, is_alpha in columns if not is_alpha]
         if self.vwap is None and own_columns:
@@ -320,7 +324,7 @@ class _AlphaDL(QlibDataLoader):
         return DerivedSource(source, {VWAP: self.vwap})
 
 
-class Alpha158DL(_AlphaDL):
+class Alpha158DL(AlphaDL):
     """Load Alpha158's features as the group "feature"; `config` adds or replaces groups.
 
     `market`: indices whose `market_features` are appended to the features.
@@ -359,7 +363,7 @@ class Alpha158DL(_AlphaDL):
         return alpha158() if config is None else alpha158_from_config(dict(config))
 
 
-class Alpha360DL(_AlphaDL):
+class Alpha360DL(AlphaDL):
     """Load Alpha360's features as the group "feature", stored as windows of six fields.
 
     A column is only computed if it is requested by name. `config` adds or replaces groups; a group

@@ -25,16 +25,15 @@ from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.data.handler.alpha import (
     FEATURE,
     LEARN_PROCESSORS,
+    AlphaDL,
     AlphaHandler,
     Features,
     select_features,
 )
 from qtorch.data.handler.handler import DataHandlerLP
-from qtorch.data.handler.loader import QlibDataLoader
 from qtorch.data.panel.view import View
 from qtorch.data.processor.base import Names
 from qtorch.data.source.base import Source
-from qtorch.data.source.frame import default_source
 
 log = logging.getLogger(__name__)
 
@@ -384,11 +383,12 @@ def _find_group(name: str, fields: Mapping[str, str]) -> str | None:
     return next((fields[g] for g in order if g in fields), None)
 
 
-class Alpha101DL(QlibDataLoader):
+class Alpha101DL(AlphaDL):
     """Load the 101 alphas as the group "feature"; `config` adds or replaces groups.
 
     `groups`, `cap` and `dollar_volume` are those of `alpha101`. If `groups` is None, the fields
-    named sector, industry and subindustry are used if the source has them.
+    named sector, industry and subindustry are used if the source has them. `vwap` stands for a vwap
+    that the bars do not have, as in Alpha158.
     """
 
     def __init__(
@@ -396,25 +396,27 @@ class Alpha101DL(QlibDataLoader):
         config: Mapping[str, Any] | None = None,
         filter_pipe: Sequence[Any] | None = None,
         swap_level: bool = True,
-        freq: str | Mapping[str, str] = "day",
+        freq: str | Mapping[str, str] | None = None,
         inst_processors: Sequence[Any] | Mapping[str, Any] | None = None,
         *,
         columns: Sequence[str] | None = None,
         groups: Mapping[str, str] | None = None,
         cap: str | None = None,
         dollar_volume: str = DOLLAR_VOLUME,
+        vwap: str | None = None,
         source: Any = None,
     ) -> None:
         self._finds_groups = groups is None and FEATURE not in (config or {})
         self._options: dict[str, Any] = {"cap": cap, "dollar_volume": dollar_volume}
         self._columns = columns
-        features = select_features(alpha101(groups=groups, **self._options), columns)
         super().__init__(
-            {FEATURE: features, **(config or {})},
+            select_features(alpha101(groups=groups, **self._options), columns),
+            config,
             filter_pipe,
             swap_level,
             freq,
             inst_processors,
+            vwap=vwap,
             source=source,
         )
 
@@ -427,14 +429,14 @@ class Alpha101DL(QlibDataLoader):
         source: Source | None = None,
         columns: Names | None = None,
     ) -> View:
-        source = self._own_source or source or default_source()
         if self._finds_groups:
-            self._find_groups(source)
+            self._find_groups(self._resolve_source(source))
         return super().view(instruments, start_time, end_time, source=source, columns=columns)
 
     def _find_groups(self, source: Source) -> None:
         """Set the expressions for the classifications that the source has as fields."""
-        stored = [g for g in GROUPS if g in source.fields(self.freq)]
+        group_fields = source.find_fields(GROUPS, self.freq)
+        stored = [g for g in GROUPS if g in group_fields]
         features = alpha101(groups={g: g for g in stored}, **self._options)
         expressions, names = select_features(features, self._columns)
         self._fields[FEATURE] = dict(zip(names, expressions, strict=True))
@@ -461,7 +463,7 @@ class Alpha101(AlphaHandler):
         instruments: Any = "all",
         start_time: Any = None,
         end_time: Any = None,
-        freq: str = "day",
+        freq: str | None = None,
         infer_processors: Sequence[Any] = INFER_PROCESSORS_101,
         learn_processors: Sequence[Any] = LEARN_PROCESSORS,
         fit_start_time: Any = None,
@@ -476,6 +478,7 @@ class Alpha101(AlphaHandler):
         groups: Mapping[str, str] | None = None,
         cap: str | None = None,
         dollar_volume: str = DOLLAR_VOLUME,
+        vwap: str | None = None,
         drop_raw: bool = False,
         allow_wide_fit: bool = False,
         init_data: bool = False,
@@ -492,6 +495,7 @@ class Alpha101(AlphaHandler):
             groups=groups,
             cap=cap,
             dollar_volume=dollar_volume,
+            vwap=vwap,
         )
         super().__init__(
             instruments,

@@ -209,6 +209,10 @@ class DataHandler(Configured, Serializable):
         """
         return self.data_loader.frequency(self.source)
 
+    def bars_source(self) -> Source | None:
+        """Return the source of the bars: the loader's own, else the handler's; None without one."""
+        return self.data_loader.bars_source(self.source)
+
     # -- frames --------------------------------------------------------------------------------
 
     def fetch(

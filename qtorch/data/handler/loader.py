@@ -6,7 +6,7 @@ import copy
 import logging
 import re
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from qtorch.core.content_digest import digest_text
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.identity import digest
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
-from qtorch.core.tables import is_frame
+from qtorch.core.tables import is_frame, not_text_message
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression import evaluate, expression_fields
 from qtorch.data.expression.requirement import is_cross_sectional, join_reaches, max_reach
@@ -104,6 +104,10 @@ class DataLoader(Configured, ABC):
         """Return the frequency of the bars that are loaded, such as "30min"; None if unknown."""
         return None
 
+    def bars_source(self, source: Source | None = None) -> Source | None:
+        """Return the source of bars: the loader's own, else `source`, the handler's."""
+        return source
+
     def needs_source(self) -> bool:
         """Whether the loader reads a source of bars and has none of its own."""
         return False
@@ -178,6 +182,9 @@ class QlibDataLoader(DataLoader):
 
     def frequency(self, source: Source | None = None) -> str:
         return self._resolve_source(source).resolve_frequency(self.freq)
+
+    def bars_source(self, source: Source | None = None) -> Source | None:
+        return self._own_source or source
 
     def needs_source(self) -> bool:
         return self._own_source is None
@@ -437,6 +444,10 @@ class NestedDataLoader(DataLoader):
     def frequency(self, source: Source | None = None) -> str | None:
         return next(filter(None, (loader.frequency(source) for loader in self._loaders)), None)
 
+    def bars_source(self, source: Source | None = None) -> Source | None:
+        sources = (loader.bars_source() for loader in self._loaders)
+        return next((own for own in sources if own is not None), source)
+
     def needs_source(self) -> bool:
         return any(loader.needs_source() for loader in self._loaders)
 
@@ -506,6 +517,12 @@ class ChangedLoader(DataLoader):
 
     def horizon(self, group: str = "label") -> int | None:
         return self.loader.horizon(group)
+
+    def frequency(self, source: Source | None = None) -> str | None:
+        return self.loader.frequency(source)
+
+    def bars_source(self, source: Source | None = None) -> Source | None:
+        return self.loader.bars_source(source)
 
     def needs_source(self) -> bool:
         return self.loader.needs_source()
@@ -617,6 +634,8 @@ def resolve_members(instruments: Any, view: View, source: Source | None) -> Any:
             f"the data has no universe {instruments!r}, because frames have no universes. Pass a "
             "list of instruments, None for all, or a source=... that has this universe."
         )
+    if not isinstance(instruments, Iterable):
+        raise ConfigError(not_text_message(instruments, "universe"))
     return instruments
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from qtorch.core.configured import Configured
 from qtorch.core.dates import date_rows, frequency, parse_span_date
-from qtorch.core.errors import DataError, unknown_name_message
-from qtorch.core.tables import text_names
+from qtorch.core.errors import DataError
+from qtorch.core.tables import find_stored_name
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression.evaluation import evaluate
 from qtorch.data.expression.requirement import (
@@ -117,6 +117,10 @@ class Source(Configured, ABC):
             if stored
             else "the data has no bars."
         )
+
+    def find_fields(self, names: Iterable[str], freq: str | None = None) -> frozenset[str]:
+        """Return those of the names that are stored fields; a source may find them faster."""
+        return frozenset(names) & frozenset(self.fields(freq))
 
     def instrument_names(self) -> frozenset[str]:
         """Return all instruments of the source, which are those that a list may contain."""
@@ -277,11 +281,9 @@ class Source(Configured, ABC):
     def _resolve_universe(self, name: str) -> str:
         """Return the stored name of a universe; Qlib's file names are lower case."""
         stored_names = self.universes()
-        if name in stored_names:
-            return name
-        if name.lower() in stored_names:
+        if isinstance(name, str) and name.lower() in stored_names and name not in stored_names:
             return name.lower()
-        raise DataError(unknown_name_message("universe", name, stored_names))
+        return find_stored_name(name, stored_names, "universe")
 
     def _drop_missing_instruments(self, names: list[str], freq: str) -> list[str]:
         """Return the names that have bars; a source may drop others with a warning."""
@@ -292,7 +294,7 @@ class Source(Configured, ABC):
     ) -> Membership:
         """Return the spans of the instruments that are members on at least one of the rows."""
         start, end = calendar[rows.start], calendar[rows.stop - 1]
-        if isinstance(instruments, str):
+        if isinstance(instruments, str) or not isinstance(instruments, Iterable):
             membership = self.read_membership(self._resolve_universe(instruments))
             source_text = f"universe {instruments!r}"
         else:
@@ -314,13 +316,10 @@ class Source(Configured, ABC):
         """Convert a list or mapping of instruments to spans; DataError for an unknown name."""
         if not isinstance(instruments, Mapping):
             always = (pd.Timestamp.min, pd.Timestamp.max)
-            instruments = {name: [always] for name in text_names(list(instruments))}
+            instruments = {name: [always] for name in instruments}
         stored_names = self.instrument_names()
-        for name in instruments:
-            if name not in stored_names:
-                raise DataError(unknown_name_message("instrument", name, stored_names))
         return {
-            str(name): [
+            find_stored_name(name, stored_names, "instrument"): [
                 (parse_span_date(a, is_end=False), parse_span_date(b, is_end=True))
                 for a, b in spans
             ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from zlib import crc32
@@ -189,6 +189,9 @@ class ChangedSource(Source):
 
     def fields(self, freq: str | None = None) -> tuple[str, ...]:
         return self.source.fields() if freq is None else self.source.fields(freq)
+
+    def find_fields(self, names: Iterable[str], freq: str | None = None) -> frozenset[str]:
+        return self.source.find_fields(names, freq)
 
     def universes(self) -> tuple[str, ...]:
         return self.source.universes()

@@ -22,7 +22,7 @@ from qtorch.core.dates import (
 from qtorch.core.errors import ConfigError, DataError, join_names, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.session import session
-from qtorch.core.tables import as_pandas, is_frame
+from qtorch.core.tables import as_pandas, is_frame, not_text_message
 from qtorch.data.panel.column_names import describe_names, name_fields
 from qtorch.data.panel.frames import ReadOptions, index_frame
 from qtorch.data.panel.panel import Panel
@@ -269,7 +269,11 @@ class Memberships(Mapping[str, Membership]):
         )
         unknown = [name for name in spans if str(name) not in stored_names]
         if unknown and (not self._skip_unknown or len(unknown) == len(spans)):
-            message = unknown_name_message("instrument", str(unknown[0]), stored_names)
+            message = (
+                unknown_name_message("instrument", unknown[0], stored_names)
+                if isinstance(unknown[0], str)
+                else not_text_message(unknown[0], "instrument")
+            )
             raise DataError(f"universe {universe!r}: {message}")
         if unknown:
             logger.warning(

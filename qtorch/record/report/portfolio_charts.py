@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from qtorch.metrics.portfolio import Mode, cumulative_return, drawdown
+from qtorch.metrics.risk import Mode, cumulative_return, drawdown
 from qtorch.record.report.chart_style import (
     BENCH_COLOUR,
     GROSS_COLOUR,

@@ -10,8 +10,9 @@ from typing import ClassVar
 
 import pandas as pd
 
+from qtorch.core.dates import name_bars
 from qtorch.core.errors import ConfigError, check_name
-from qtorch.metrics.portfolio import MODES, Mode
+from qtorch.metrics.risk import MODES, Mode
 from qtorch.metrics.signal import HORIZONS
 from qtorch.record.base import Names, Record
 from qtorch.record.report import portfolio_charts, signal_charts, training_charts
@@ -47,7 +48,8 @@ class ReportRecord(Record):
     Every number on the page is a metric of the run. `mode` selects whether returns are summed or
     compounded ("sum", "product"), as in `risk_analysis`. `tries` is the number of strategies that
     this one was selected from; above 1 the page shows the deflated Sharpe ratio. `label_col`
-    selects one of several label columns. `horizons` and `lags` are in trading days.
+    selects one of several label columns. `horizons` and `lags` count bars, which are
+    trading days for daily scores.
     """
 
     artifact_path: ClassVar[str | None] = "report"
@@ -135,6 +137,7 @@ class ReportRecord(Record):
             facts=run_description(recorder),
             model=model_name(params),
             results=results,
+            return_bars=name_bars(results.freq),
             has_benchmark=results.report is not None and has_benchmark(results.report),
             mode=self.mode,
             tables=tables,
@@ -158,7 +161,7 @@ class ReportRecord(Record):
             )
 
     def _draw_signal(self, page: Page, tables: SignalTables) -> None:
-        page.draw("ic_decay", signal_charts.decay_chart, tables.decay)
+        page.draw("ic_decay", signal_charts.decay_chart, tables.decay, bars=tables.bars)
         if tables.has_quantiles:
             page.draw("quantile_returns", signal_charts.quantile_chart, tables.quantiles)
             page.draw("quantile_spread", signal_charts.spread_chart, tables.spread)

@@ -10,14 +10,10 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
+from qtorch.core.dates import name_bars
 from qtorch.core.errors import LoadObjectError, RecordError
-from qtorch.metrics.portfolio import (
-    Mode,
-    concentration,
-    cumulative_return,
-    periods_per_year,
-    risk_analysis,
-)
+from qtorch.metrics.portfolio import concentration
+from qtorch.metrics.risk import Mode, cumulative_return, periods_per_year, risk_analysis
 from qtorch.metrics.signal import ic_decay, quantile_returns, score_autocorrelation
 from qtorch.metrics.significance import deflated_sharpe
 from qtorch.record.base import has_artifact
@@ -73,11 +69,20 @@ def run_results(recorder: Recorder, label_col: int = 0) -> RunResults:
         label=None if label is None else select_label(label, label_col),
         ic=_load_if_present(recorder, "sig_analysis/ic.pkl"),
         rank_ic=_load_if_present(recorder, "sig_analysis/ric.pkl"),
-        report=_load_if_present(recorder, f"{PORTFOLIO}/report_normal_{freq}.pkl"),
+        report=load_portfolio_report(recorder, freq),
         positions=_load_if_present(recorder, f"{PORTFOLIO}/positions_normal_{freq}.pkl"),
         freq=freq,
         periods=recorder.list_metrics().get(f"{freq}.{PERIODS}"),
     )
+
+
+def load_portfolio_report(recorder: Recorder, freq: str | None = None) -> pd.DataFrame | None:
+    """Load the report of PortAnaRecord of a frequency (default: daily if there is one)."""
+    freq = _frequency(recorder) if freq is None else freq
+    report: pd.DataFrame | None = _load_if_present(
+        recorder, f"{PORTFOLIO}/report_normal_{freq}.pkl"
+    )
+    return report
 
 
 def has_benchmark(report: pd.DataFrame) -> bool:
@@ -174,11 +179,15 @@ def _load_if_present(recorder: Recorder, name: str) -> Any:
 
 @dataclass(frozen=True)
 class SignalTables:
-    """IC by horizon, return by day and score quantile, score autocorrelation by lag and day."""
+    """IC by horizon, return by day and score quantile, score autocorrelation by lag and day.
+
+    Horizons and lags count bars; `bars` names these.
+    """
 
     decay: pd.DataFrame
     quantiles: pd.DataFrame
     autocorrelation: Mapping[int, pd.Series]
+    bars: str
 
     @property
     def spread(self) -> pd.Series:
@@ -199,13 +208,15 @@ def signal_tables(
     num_quantiles: int,
 ) -> SignalTables:
     """Compute the tables; horizons and lags too long for the test segment are left out."""
-    num_days = score.index.get_level_values("datetime").nunique()
+    dates = score.index.get_level_values("datetime").unique()
+    num_days = len(dates)
     usable_horizons = [h for h in horizons if h <= max(num_days // 2, 1)]
     by_lag = {lag: score_autocorrelation(score, lag) for lag in lags if lag < num_days}
     return SignalTables(
         decay=ic_decay(score, label, usable_horizons),
         quantiles=quantile_returns(score, label, num_quantiles),
         autocorrelation={lag: daily for lag, daily in by_lag.items() if len(daily)},
+        bars=name_bars(dates),
     )
 
 

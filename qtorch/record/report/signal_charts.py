@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from qtorch.core.dates import name_bars
 from qtorch.record.report.chart_style import (
     GRID,
     IC_COLOUR,
@@ -86,7 +87,9 @@ def _draw_histogram(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
     """Draw the distributions of both over days, their means as dashed lines."""
     from matplotlib.ticker import MaxNLocator
 
-    values = np.concatenate([ic.to_numpy(), rank_ic.to_numpy()])
+    bars = name_bars(ic.index)
+    # Rounded, because bins cannot be as narrow as the rounding errors of a constant IC.
+    values = np.concatenate([ic.to_numpy(), rank_ic.to_numpy()]).round(9)
     edges = (
         np.histogram_bin_edges(values, bins=min(40, max(5, len(ic) // 8))) if len(values) else 10
     )
@@ -97,7 +100,7 @@ def _draw_histogram(axis: Any, ic: pd.Series, rank_ic: pd.Series) -> None:
         if len(series):
             axis.axvline(series.mean(), color=colour, linewidth=1.6, linestyle="--")
     axis.axvline(0, color=INK, linewidth=0.8)
-    label_axis(axis, f"Distribution over {len(ic)} days", "days", "correlation of a day")
+    label_axis(axis, f"Distribution over {len(ic)} {bars}", bars, "correlation")
     axis.margins(y=0.3)
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -180,8 +183,8 @@ def _write_cells(axis: Any, values: Any, image: Any, size: float) -> None:
             )
 
 
-def decay_chart(decay: pd.DataFrame, *, narrow: bool = False) -> Figure:
-    """Draw mean IC and Rank IC by horizon, with two standard errors."""
+def decay_chart(decay: pd.DataFrame, *, bars: str = "trading days", narrow: bool = False) -> Figure:
+    """Draw mean IC and Rank IC by horizon, in `bars`, with two standard errors."""
     figure, axes = new_figure(2.9, narrow=narrow)
     axis, positions = axes[0], np.arange(len(decay))
     for shift, name, colour, text in (
@@ -201,7 +204,7 @@ def decay_chart(decay: pd.DataFrame, *, narrow: bool = False) -> Figure:
         )
     draw_zero_line(axis)
     axis.set_xticks(positions, [str(h) for h in decay.index])
-    label_axis(axis, "IC by horizon", "mean correlation", "horizon, trading days")
+    label_axis(axis, "IC by horizon", "mean correlation", f"horizon, {bars}")
     add_legend(axis, narrow=narrow)
     return style_figure(figure)
 
@@ -283,8 +286,8 @@ def autocorrelation_chart(by_lag: Mapping[int, pd.Series], *, narrow: bool = Fal
     axes[0].set_xticks(positions, [str(lag) for lag in means])
     axes[0].set_ylim(min(0.0, *means.values()) * 1.1, 1.0)
     draw_zero_line(axes[0])
-    label_axis(axes[0], "Mean by lag", "rank correlation", "lag, trading days")
     lag, daily = next(iter(by_lag.items()))
+    label_axis(axes[0], "Mean by lag", "rank correlation", f"lag, {name_bars(daily.index)}")
     axes[1].plot(daily.index, daily, color=GRID, linewidth=0.9)
     draw_rolling_mean(axes[1], daily, IC_COLOUR)
     label_axis(axes[1], f"By day, lag {lag}", "rank correlation")

@@ -58,15 +58,14 @@ class Subject:
     @property
     def source(self) -> Source | None:
         """The source of bars of the dataset's handler, unchanged; None if it has none."""
-        source = self.dataset.handler.source
-        return source if self.reads_bars else None
+        return self.dataset.handler.bars_source() if self.reads_bars else None
 
     @property
     def reads_bars(self) -> bool:
         """Whether the handler's columns are computed from its source of bars."""
-        return self.dataset.handler.source is not None and isinstance(
-            self.dataset.handler.data_loader, QlibDataLoader
-        )
+        handler = self.dataset.handler
+        has_source = handler.bars_source() is not None
+        return has_source and isinstance(handler.data_loader, QlibDataLoader)
 
     def copy_future(self, date: pd.Timestamp, method: str) -> DatasetH:
         """Return the copy whose data after a date is changed."""
@@ -184,9 +183,9 @@ def _date_row(calendar: pd.DatetimeIndex, date: Any) -> int:
 def _read_calendar(dataset: DatasetH) -> pd.DatetimeIndex:
     """Return the calendar of a dataset, without loading its data if it comes from a source."""
     handler = dataset.handler
-    loader = handler.data_loader
-    if handler.source is not None and isinstance(loader, QlibDataLoader):
-        return handler.source.calendar(handler.start_time, handler.end_time, loader.freq)
+    source, loader = handler.bars_source(), handler.data_loader
+    if source is not None and isinstance(loader, QlibDataLoader):
+        return source.calendar(handler.start_time, handler.end_time, loader.freq)
     return handler.view(DK_R, groups=["label"]).calendar
 
 

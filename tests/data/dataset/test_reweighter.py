@@ -11,12 +11,16 @@ from qtorch.data import (
     DatasetH,
     FrameSource,
     LiquidityWeight,
+    NestedDataLoader,
     QlibDataLoader,
     SyntheticSource,
     TimeDecay,
     VolatilityWeight,
 )
 from qtorch.data.dataset.reweighter import ExpressionWeight, Reweighter, validate_weights
+from qtorch.data.handler.loader import ChangedLoader
+from qtorch.data.source.changed import FutureChange
+from qtorch.task.rolling import task_source
 
 INDEX = pd.MultiIndex.from_product(
     [pd.bdate_range("2020-01-01", periods=2), ["A", "B"]], names=["datetime", "instrument"]
@@ -118,6 +122,23 @@ def test_liquid_instruments_weigh_more(source: SyntheticSource, data: pd.DataFra
     mean_amount = source.features("all", ["Mean($close*$volume, 20)"]).iloc[:, 0].swaplevel()
     ranks = pd.concat([weight, mean_amount.reindex(data.index)], axis=1).groupby(level=0).rank()
     assert ranks.corr().iloc[0, 1] > 0.95
+
+
+def test_the_own_source_of_a_loader_is_that_of_the_weights(
+    source: SyntheticSource, data: pd.DataFrame
+) -> None:
+    loader = QlibDataLoader({"feature": ["$close"], "label": ["$open"]}, source=source)
+    loaders = (loader, NestedDataLoader([loader]), ChangedLoader(loader, FutureChange()))
+    for each in loaders:
+        handler = DataHandlerLP("all", data_loader=each)
+        assert handler.source is None
+        assert handler.bars_source() is source
+        assert handler.frequency() == "day"
+        assert task_source({"dataset": {"kwargs": {"handler": handler}}}) is source
+        reweighter = LiquidityWeight()
+        reweighter.bind(DatasetH(handler, {"train": ("2019-04-01", "2019-05-31")}))
+        expected = LiquidityWeight(source=source).reweight(data)
+        pd.testing.assert_series_equal(reweighter.reweight(data), expected)
 
 
 def test_invalid_expressions_are_refused(source: SyntheticSource, data: pd.DataFrame) -> None:

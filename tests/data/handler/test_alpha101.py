@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,10 @@ from qtorch.data.handler.alpha101 import alpha101
 from qtorch.data.panel.panel import Panel
 from tests.data.handler.alpha101_reference import alpha101_frames
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts" / "parity"))
+
+from random_prices import random_prices
+
 GROUP_FIELDS = {"sector": "sector", "industry": "industry"}
 # Columns that rank numbers which are equal but for rounding errors, such as correlations of a few
 # ranks: their ranks differ where numpy and the running sums round differently.
@@ -30,19 +36,15 @@ RANKS_OF_TIES = {
 def random_market(num_dates: int, num_instruments: int, *, missing: float = 0.0) -> Panel:
     rng = np.random.default_rng(0)
     shape = (num_dates, num_instruments)
-    close = 20 * np.exp(np.cumsum(rng.normal(0, 0.02, shape), 0))
-    open_ = close * np.exp(rng.normal(0, 0.01, shape))
-    high = np.maximum(open_, close) * (1 + rng.random(shape) * 0.02)
-    low = np.minimum(open_, close) * (1 - rng.random(shape) * 0.02)
-    vwap = (high + low + close) / 3 * (1 + rng.normal(0, 0.002, shape))
-    volume = np.exp(rng.normal(12, 0.5, shape))
+    fields = random_prices(rng, shape)
     industry = rng.integers(0, 3, num_instruments)
-    fields = {"open": open_, "high": high, "low": low, "close": close}
-    fields |= {"vwap": vwap, "volume": volume}
     for values in fields.values():
         values[rng.random(shape) < missing] = np.nan
     fields |= {"sector": np.tile(industry // 2, (num_dates, 1))}
-    fields |= {"industry": np.tile(industry, (num_dates, 1)), "cap": 1e6 * close * (1 + industry)}
+    fields |= {
+        "industry": np.tile(industry, (num_dates, 1)),
+        "cap": 1e6 * fields["close"] * (1 + industry),
+    }
     values = torch.from_numpy(np.stack([v.astype(np.float32) for v in fields.values()], 2))
     names = [f"I{k:02d}" for k in range(num_instruments)]
     mask = torch.from_numpy(rng.random(shape) < 0.9)
@@ -147,5 +149,17 @@ def test_handler_and_its_options() -> None:
     assert handler.get_cols("label") == ["LABEL0"]
     with_cap = Alpha101(columns=["ALPHA056"], cap="$cap", source=source).fetch(col_set="feature")
     assert not np.allclose(with_cap, handler.fetch(col_set="feature")[["ALPHA056"]], equal_nan=True)
+    # Bars of an hour, without a vwap.
+    bars = random_market(30, 8)
+    hours = pd.date_range("2024-01-02 09:00", periods=30, freq="60min")
+    bars = Panel(bars.values, hours, bars.instruments, bars.fields, mask=bars.mask)
+    prices = FrameSource(bars.select(fields=["open", "high", "low", "close", "volume"]))
+    hourly = Alpha101(columns=["ALPHA041", "ALPHA101"], vwap="(high+low)/2", source=prices)
+    assert hourly.frequency() == "60min"
+    values = hourly.fetch(col_set="feature")
+    expected = prices.features("all", ["($high*$low)**0.5-($high+$low)/2"]).swaplevel().sort_index()
+    np.testing.assert_allclose(values["ALPHA041"], expected.iloc[:, 0], rtol=1e-4, atol=1e-5)
+    unknown = Alpha101(columns=["ALPHA041"], source=prices).fetch(col_set="feature")
+    assert unknown.isna().all(axis=None)
     with pytest.raises(ConfigError, match="ALPHA102"):
         Alpha101(columns=["ALPHA102"])

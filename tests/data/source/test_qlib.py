@@ -112,6 +112,7 @@ def test_calendar_fields_universes(handmade_folder):
     (handmade_folder / "calendars" / "day_future.txt").write_text("2030-01-01\n")
     source = QlibSource(handmade_folder)
     assert source.fields() == ("close", "pe")
+    assert source.find_fields(["pe", "open"]) == {"pe"}  # not every folder has it
     assert source.universes() == ("all", "some")
     assert list(source.calendar("2020-01-02", "2020-01-03")) == list(DAYS[1:3])
 
