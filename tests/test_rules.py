@@ -560,6 +560,24 @@ def test_the_readme_stays_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 130
 
 
+def test_each_promise_of_the_security_page_names_tests_that_exist():
+    """A name without a folder lies in the folder of the name before it."""
+    lines = (ROOT / "docs" / "security.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("|")][2:]
+    assert len(rows) > 10
+    wrong = []
+    for row in rows:
+        promise, tests = row.strip("|").rsplit("|", 1)
+        names = re.findall(r"`([\w/]+(?:\.py)?)`", tests)
+        paths: list[Path] = []
+        for name in names:
+            paths.append(ROOT / name if "/" in name else paths[-1].with_name(name))
+        missing_names = [p.relative_to(ROOT).as_posix() for p in paths if not p.exists()]
+        if missing_names or not any(p.is_relative_to(ROOT / "tests") for p in paths):
+            wrong.append(f"{promise.strip()}: {missing_names or 'no test'}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_test_files_have_names_of_their_own():
     names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names)), sorted(n for n in set(names) if names.count(n) > 1)
