@@ -400,6 +400,27 @@ def test_users_words_are_never_markup():
     assert not wrong, "\n".join(wrong)
 
 
+def has_raw_error(node: ast.AST) -> bool:
+    """Whether an expression contains an error's text that is not made printable."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("printable_text", "error_line"):
+        return False
+    key = node.slice if isinstance(node, ast.Subscript) else None
+    names = [getattr(node, "id", ""), getattr(node, "attr", ""), getattr(key, "value", "")]
+    is_error = any(re.search(r"(^|_)error(_|$)", str(name)) for name in names)
+    return is_error or any(map(has_raw_error, ast.iter_child_nodes(node)))
+
+
+def test_errors_are_printed_without_commands_of_the_terminal():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno} prints {ast.unparse(node)}"
+        for path, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+        if any(map(has_raw_error, node.args))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_keywords_of_any_name_are_passed_on():
     """A `**kwargs` that nobody reads would swallow a typo."""
     wrong = []
