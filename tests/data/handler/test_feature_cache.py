@@ -273,7 +273,7 @@ register_operator("Own", make(0.0), replace=True)
 
 class Loader(QlibDataLoader):
     def compute_columns(self, group, bars, span, expressions, mask_bars=None):
-        columns = super().compute_columns(group, bars, span, expressions, mask_bars)
+        columns = QlibDataLoader.compute_columns(self, group, bars, span, expressions, mask_bars)
         columns.plain_panel().values.mul_(self.factor())
         return columns
 
