@@ -400,6 +400,27 @@ def test_users_words_are_never_markup():
     assert not wrong, "\n".join(wrong)
 
 
+def has_raw_error(node: ast.AST) -> bool:
+    """Whether an expression contains an error's text that is not made printable."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("printable_text", "error_line"):
+        return False
+    key = node.slice if isinstance(node, ast.Subscript) else None
+    names = [getattr(node, "id", ""), getattr(node, "attr", ""), getattr(key, "value", "")]
+    is_error = any(re.search(r"(^|_)error(_|$)", str(name)) for name in names)
+    return is_error or any(map(has_raw_error, ast.iter_child_nodes(node)))
+
+
+def test_errors_are_printed_without_commands_of_the_terminal():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno} prints {ast.unparse(node)}"
+        for path, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+        if any(map(has_raw_error, node.args))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_keywords_of_any_name_are_passed_on():
     """A `**kwargs` that nobody reads would swallow a typo."""
     wrong = []
@@ -564,6 +585,24 @@ def test_the_readme_counts_the_models():
     # The configuration `lightning` is for a LightningModule of the user's.
     models = {p.stem for p in (ROOT / "conf/model").glob("*.yaml")} - {"lightning"}
     assert f" {len(models)} models" in (ROOT / "README.md").read_text()
+
+
+def test_each_promise_of_the_security_page_names_tests_that_exist():
+    """A name without a folder lies in the folder of the name before it."""
+    lines = (ROOT / "docs" / "security.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("|")][2:]
+    assert len(rows) > 10
+    wrong = []
+    for row in rows:
+        promise, tests = row.strip("|").rsplit("|", 1)
+        names = re.findall(r"`([\w/]+(?:\.py)?)`", tests)
+        paths: list[Path] = []
+        for name in names:
+            paths.append(ROOT / name if "/" in name else paths[-1].with_name(name))
+        missing_names = [p.relative_to(ROOT).as_posix() for p in paths if not p.exists()]
+        if missing_names or not any(p.is_relative_to(ROOT / "tests") for p in paths):
+            wrong.append(f"{promise.strip()}: {missing_names or 'no test'}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_test_files_have_names_of_their_own():

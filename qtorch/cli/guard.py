@@ -63,17 +63,21 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
 def print_error(error: BaseException) -> None:
     """Print an error to stderr, with its traceback if debugging is enabled."""
     if is_debug_enabled():
-        print(redact_urls("".join(traceback.format_exception(error))), file=sys.stderr)
+        text = redact_urls("".join(traceback.format_exception(error)))
+        print(printable_text(text), file=sys.stderr)
     print(f"error: {error_line(error)}", file=sys.stderr)
 
 
 def error_line(error: BaseException) -> str:
-    """Format an error as one line, without secrets; prepend the type unless it is one of ours."""
-    return redact_urls(_describe_error(_find_qtorch_error(error)))
+    """Format an error as one line, without secrets and commands of the terminal.
+
+    The type is prepended unless it is one of ours.
+    """
+    return printable_text(redact_urls(_describe_error(_find_qtorch_error(error))))
 
 
 def _describe_error(cause: BaseException) -> str:
-    text = printable_text(" ".join(_POINTER.sub(_describe_position, str(cause)).split()))
+    text = " ".join(_POINTER.sub(_describe_position, str(cause)).split())
     if isinstance(cause, QtorchError):
         return text
     if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from qtorch.cli.options import parse_options
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import ConfigError, printable_text, unknown_name_message
 from qtorch.core.secrets import redact_urls
 
 USAGE = """\
@@ -46,6 +46,6 @@ def main(argv: Sequence[str]) -> int:
         problems = [*report.rejections, *([report.error] if report.error else [])]
         for problem in problems:
             has_failed = True
-            problem_text = redact_urls(" ".join(problem.split()))
-            print(f"error: run {report.run_id}: {problem_text}", file=sys.stderr)
+            text = printable_text(redact_urls(" ".join(problem.split())))
+            print(f"error: run {report.run_id}: {text}", file=sys.stderr)
     return int(has_failed)

@@ -219,7 +219,7 @@ def serve_request(request: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
             check_config_trust(definition)
         except QtorchError as error:
             return {"refused": str(error)}
-        stored_result = request.get("res")
+        stored_result = as_stored_text(request.get("res"))
         first = definition if stored_result is None else restore_recorders(stored_result)
         options = filter_options(function, request["options"])
         with wait_for_delivery(lambda: beat(DELIVERY)):

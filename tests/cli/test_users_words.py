@@ -156,10 +156,19 @@ def test_result_of_a_rolling_study(screen, monkeypatch):
     assert_words_appear(screen.getvalue(), range(1))
 
 
+def test_description_of_bars(monkeypatch, capsys):
+    figure = SimpleNamespace(savefig=lambda path, dpi: None)
+    description = SimpleNamespace(text=lambda: nasty(0), plot=lambda: figure)
+    monkeypatch.setattr("qtorch.data.describe.describe", lambda source, **options: description)
+    assert main(["data", "describe", "data=synthetic"]) == 0
+    assert visible(0) in capsys.readouterr().out
+
+
 def test_errors_are_one_line_without_commands():
-    text = error_line(QtorchError(nasty(0)))
-    assert "[red]" in text
-    assert text == printable_text(text).replace("\n", " ")
+    for error in (QtorchError(nasty(0)), FileNotFoundError(2, "no file", nasty(0))):
+        text = error_line(error)
+        assert "[red]" in text
+        assert text == printable_text(text).replace("\n", " ")
 
 
 def error_screen(monkeypatch):

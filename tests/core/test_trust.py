@@ -89,6 +89,21 @@ def test_stored_text_cannot_name_what_is_not_trusted(name):
     assert name.partition(".")[0] not in new_packages - {"qtorch", "torch", "pytorch_lightning"}
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["torch.nn.${name}", "torch.nn.Linear()", "torch.nn. Linear", "torch.nn..Linear", "${name}"],
+)
+def test_stored_text_that_is_no_name_is_refused_before_it_is_looked_for(name):
+    for module in (None, "torch.nn"):
+        with pytest.raises(TrustError, match="is not the name of an object"):
+            locate(StoredText(name), module)
+
+
+def test_private_classes_of_allowed_packages_are_refused():
+    with pytest.raises(TrustError, match="not of a type"):  # although it is a network
+        locate(StoredText("torch.nn.modules.batchnorm._BatchNorm"))
+
+
 @pytest.mark.parametrize("name", TRUSTED)
 def test_stored_text_can_name_the_parts_of_a_task(name):
     assert isinstance(locate(StoredText(name)), type)
@@ -150,6 +165,7 @@ def test_what_counts_is_where_an_object_is_defined(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "import os, functools\nfrom os import system\nfrom subprocess import Popen\n"
         "class Net:\n    pass\ndef go():\n    return 1\ndone = functools.partial(system, 'true')\n"
+        "alias = functools.update_wrapper(functools.partial(system, 'true'), go)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(TrustError, match=r"trusted=\['mine'\]"):
@@ -159,9 +175,9 @@ def test_what_counts_is_where_an_object_is_defined(tmp_path, monkeypatch):
         assert locate(StoredText("mine.Net")).__name__ == "Net"
         assert locate(StoredText("mine.go"))() == 1
         assert locate(StoredText("Net"), "mine").__name__ == "Net"
-        for name in ("mine.os.system", "mine.system", "mine.Popen", "mine.done", "mine.os"):
+        for name in ("os.system", "system", "Popen", "done", "alias", "os"):
             with pytest.raises(TrustError):
-                locate(StoredText(name))
+                locate(StoredText(f"mine.{name}"))
 
 
 def test_trusted_packages_of_the_environment_variable(monkeypatch, tmp_path):

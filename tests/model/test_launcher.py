@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import pickle
+from dataclasses import fields
 
 import pytest
 from torch.distributed import HashStore
 
-from qtorch.model.devices import launcher
+from qtorch.core.errors import ConfigError
+from qtorch.core.session import Session
+from qtorch.model.devices import launcher, ranks
 from qtorch.model.devices.launcher import WORLD_VARIABLE, RemoteRank, host_ranks
 from qtorch.model.devices.rank_process import rank_threads
+from qtorch.model.devices.rank_training import REQUEST, RankRequest, read_request
 from qtorch.process.child import ExitStatus
 from qtorch.process.fork_server import ForkError
 from qtorch.process.launch import SRUN, World
@@ -80,3 +85,16 @@ def test_threads_are_divided_once(monkeypatch, variable, is_launched, threads) -
     if variable is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     assert rank_threads(2, is_launched=is_launched) == threads
+
+
+def test_request_to_the_ranks_is_private_and_no_other_is_read(tmp_path) -> None:
+    values = dict.fromkeys(field.name for field in fields(RankRequest))
+    request = RankRequest(**{**values, "session": Session()})
+    with ranks._rank_folder(tmp_path) as folder:
+        digest = request.write(folder, [], is_single_node=True)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in (folder, folder / REQUEST)}
+        assert modes == {folder.name: 0o700, REQUEST: 0o600}
+        (folder / REQUEST).write_bytes(pickle.dumps(([], b"of somebody else")))
+        with pytest.raises(ConfigError, match="is not the request that this rank was started with"):
+            read_request(folder, digest)
+    assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ import pytest
 
 import qtorch
 from qtorch.core.errors import DataError
+from qtorch.core.source_files import package_digest
 from qtorch.data import SyntheticSource, TableSource, write_qlib
 from qtorch.data.handler.loader import StaticDataLoader
 from qtorch.study.sweep_job import (
@@ -30,7 +31,7 @@ from qtorch.study.sweep_job import (
 )
 from qtorch.tracking.manager import R
 from qtorch.trainer.pooled import TrainerRM
-from qtorch.trainer.provenance import DATA_TAG, SOURCES_TAG, RunInputs
+from qtorch.trainer.provenance import DATA_TAG, SOURCES_TAG, RunInputs, collect_inputs
 from qtorch.trainer.run import begin_task_train, end_task_train, task_train
 
 MEMBER = SweepMember("the-sweep", 0, ("seed=1",))
@@ -41,8 +42,8 @@ from own_factor import FACTOR
 from qtorch.model.base import Model as Base
 
 class Model(Base):
-    def __init__(self, write=None, stop=None):
-        self.write, self.stop = write, stop
+    def __init__(self, write=None, stop=None, write_late=None):
+        self.write, self.stop, self.write_late = write, stop, write_late
 
     def fit(self, dataset, *, recorder=None):
         mean = float(dataset.prepare("train", col_set="feature").mean().mean())
@@ -53,7 +54,10 @@ class Model(Base):
             raise KeyboardInterrupt
 
     def predict(self, dataset, segment="test"):
-        return dataset.prepare(segment, col_set="feature").iloc[:, 0]
+        scores = dataset.prepare(segment, col_set="feature").iloc[:, 0]
+        if self.write_late:
+            change(self.write_late)
+        return scores
 
 def change(path):
     stat, content = os.stat(path), bytearray(Path(path).read_bytes())
@@ -189,6 +193,18 @@ def test_table_that_was_changed_after_it_was_read_is_refused(tmp_path):
     assert pickle.loads(pickle.dumps(source)).fingerprint() != first  # a copy reads it again
 
 
+def test_static_file_that_was_changed_after_it_was_read_is_refused(tmp_path):
+    data = Data("parquet", tmp_path / "data")
+    loader = StaticDataLoader({"feature": str(data.path)})
+    first = loader.fingerprint()
+    loader.view()
+    assert loader.fingerprint() == first
+    data.change()
+    with pytest.raises(DataError, match=r"have changed since they were read.*bars.parquet"):
+        loader.fingerprint()
+    assert StaticDataLoader({"feature": str(data.path)}).fingerprint() != first
+
+
 def test_fingerprints_of_files_do_not_parse_them(tmp_path, monkeypatch):
     table, static = Data("csv", tmp_path / "a"), Data("parquet", tmp_path / "b")
     monkeypatch.setattr(TableSource, "panel", None)
@@ -241,6 +257,7 @@ def test_changed_code_or_version_is_trained_again(tmp_path, user_code, caplog, m
     assert run_sweep_job(task, MEMBER, "exp").action == TRAINED
     assert "qtorch's version or code changed" in caplog.text
     monkeypatch.undo()
+    assert package_digest() in collect_inputs(task, None).library
 
 
 def test_training_is_not_reused_for_records_if_the_data_changed(tmp_path, user_code):
@@ -250,6 +267,18 @@ def test_training_is_not_reused_for_records_if_the_data_changed(tmp_path, user_c
     assert run_sweep_job(with_record, MEMBER, "exp").action == RECORDS_ONLY
     data.change()
     assert run_sweep_job(with_record, MEMBER, "exp").action == TRAINED
+
+
+def test_data_that_changes_while_a_training_is_reused_fails_the_job(tmp_path, user_code):
+    data = Data("qlib", tmp_path / "data")
+    task = data.task(write_late=str(data.file))
+    run_sweep_job(task, MEMBER, "exp")
+    with pytest.raises(DataError, match="changed during the run"):
+        run_sweep_job({**task, "record": ["SignalRecord"]}, MEMBER, "exp")
+    assert sorted(r.status for r in R.list_recorders(experiment_name="exp").values()) == [
+        "FAILED",
+        "FINISHED",
+    ]
 
 
 def test_failed_job_is_tried_again_once_its_code_is_mended(tmp_path, user_code):

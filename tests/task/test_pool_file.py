@@ -11,6 +11,7 @@ import pytest
 from pool_workers import HERE, STARTED, wait_until
 
 from qtorch.task import TaskManager, run_task
+from qtorch.task.definition import encode_definition
 from qtorch.task.stores import sql
 from qtorch.task.stores.base import StoreFileLost
 
@@ -38,6 +39,7 @@ def test_every_call_is_refused_until_the_store_is_opened_again(tmp_path, kind):
         manager.task_stat,
         manager.fetch_task,
         lambda: manager.create_task([{"number": 3}]),
+        lambda: manager._pool._store().insert("pool", [encode_definition({"number": 3})]),
         lambda: manager.renew(task),
         lambda: manager.commit_task_res(task, 1),
         lambda: manager.wait(timeout=5),

@@ -23,7 +23,7 @@ class Proxy:
         "page",  # a page of status 200
         "page_but_healthy",
         "empty_but_healthy",
-        "not_found_but_healthy",  # pages of status 404 and 400
+        "error_404_but_healthy",  # pages of status 404 and 400
         "bad_request_but_healthy",
         "redirect_but_healthy",  # to a login page
         "busy",  # status 503, Retry-After
@@ -35,6 +35,7 @@ class Proxy:
 
     def __init__(self, port: int) -> None:
         proxy = self
+        assert all(hasattr(self, f"_send_{mode.partition('_but_')[0]}") for mode in self.MODES)
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -117,7 +118,7 @@ class Proxy:
     def _send_empty(self, request, _) -> None:
         self._respond(request, body=b"")
 
-    def _send_404(self, request, _) -> None:
+    def _send_error_404(self, request, _) -> None:
         self._respond(request, 404)
 
     def _send_bad_request(self, request, _) -> None:

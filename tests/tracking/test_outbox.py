@@ -230,11 +230,13 @@ def test_unwritable_outbox_is_reported_and_logging_continues(uri, tmp_path, monk
     assert history(recorder, "loss") == [(0, 0.5)]
 
 
-def test_outbox_contains_no_passwords(monkeypatch, outbox_folder):
+def test_outbox_is_private_and_contains_no_passwords(outbox_folder):
     journal = outbox.Journal("run", "postgresql://me:secret@host/db", 1)
     journal.append([{"tag": "a", "value": "b"}])
     journal.close()
-    text = next(outbox_folder.iterdir()).read_text()
+    (path,) = outbox_folder.iterdir()
+    assert [p.stat().st_mode & 0o777 for p in (outbox_folder, path)] == [0o700, 0o600]
+    text = path.read_text()
     assert "secret" not in text
     assert "postgresql://me:***@host/db" in text
 
@@ -250,6 +252,30 @@ def test_forked_child_sends_its_own_entries(uri, fork):
 
         assert os.waitstatus_to_exitcode(os.waitpid(fork(child), 0)[1]) == 0
     assert history(recorder, "parent") == history(recorder, "child") == [(0, 1.0)]
+
+
+def test_run_is_not_finished_before_the_files_of_dead_children_are_sent(
+    uri, outbox_folder, monkeypatch
+):
+    with R.start(experiment_name="e"):
+        recorder = R.get_recorder()
+        journal = outbox.Journal(recorder.id, uri, 1)
+        journal.append([{"metric": "child", "value": 1.0, "time": 1, "step": 0}])
+        journal.close()
+    assert recorder.status == "FINISHED"
+    assert history(recorder, "child") == [(0, 1.0)]
+    monkeypatch.setenv("QTORCH_TRACKING_PATIENCE", "0.1")
+    with R.start(experiment_name="e"):
+        recorder = R.get_recorder()
+        damaged = outbox_folder / f"{recorder.id}.damaged.jsonl"
+        damaged.write_text("{}\n")
+    assert recorder.status == "RUNNING"
+    errors = [delivery.error for delivery in outbox.send_outbox()]
+    assert "must be sent first" in errors[-1]
+    assert R.get_recorder(recorder_id=recorder.id).status == "RUNNING"
+    damaged.unlink()
+    assert [delivery.error for delivery in outbox.send_outbox()] == [None]
+    assert R.get_recorder(recorder_id=recorder.id).status == "FINISHED"
 
 
 def test_logging_takes_microseconds(uri):

@@ -404,12 +404,15 @@ def test_provenance_is_recorded(uri, tmp_path, monkeypatch):
     (repository / "code.py").write_text("a = 2\npassword = 'hunter2'\n")
     monkeypatch.setenv("QTORCH_SOMETHING", "postgresql://me:se/cret@host/db")
     monkeypatch.setenv("QTORCH_MY_TOKEN", "hunter2")
+    monkeypatch.setenv("QTORCH_KEY", "AKIAABCDEFGHIJKLMNOP")
+    monkeypatch.setenv("QTORCH_URLS", '["http://me:secret@host"]')
     monkeypatch.setattr("sys.argv", ["study.py", "--seed", "3", "url=http://me:a'b@h"])
     with R.start(experiment_name="e"):
         recorder = R.get_recorder()
     params = recorder.list_params()
     assert params["QTORCH_SOMETHING"] == "postgresql://me:***@host/db"
-    assert params["QTORCH_MY_TOKEN"] == "***"
+    assert params["QTORCH_MY_TOKEN"] == params["QTORCH_KEY"] == "***"
+    assert "QTORCH_URLS" not in params
     assert params["cmd-sys.argv"] == "study.py --seed 3 'url=http://me:***@h'"
     diff = Path(recorder.download_artifact("code_diff.txt")).read_text()
     assert "+a = 2\n+password = '***'" in diff

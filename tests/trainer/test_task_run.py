@@ -11,7 +11,8 @@ import pytest
 
 import qtorch
 from qtorch import R
-from qtorch.core.errors import ConfigError, RecordError
+from qtorch.core.errors import ConfigError, RecordError, TrustError
+from qtorch.core.trust import as_stored_text
 from qtorch.tracking import Recorder
 from qtorch.trainer import begin_task_train, end_task_train, task_train
 from qtorch.trainer.run import complete_task
@@ -90,6 +91,13 @@ def test_error_is_stored_in_the_failed_run_and_raised(make_task):
     assert recorder.status == Recorder.STATUS_FA
     assert recorder.list_tags()["error"] == "ValueError: this model fails on two lines"
     assert "in fit" in Path(recorder.download_artifact("error.txt")).read_text()
+
+
+def test_untrusted_name_in_a_stored_task_is_refused_before_the_training(make_task, tmp_path):
+    task = make_task(log=str(tmp_path / "fits"), record=[{"_target_": "os.system"}])
+    with pytest.raises(TrustError, match=r"os\.system"):
+        task_train(as_stored_text(task), "exp")
+    assert not (tmp_path / "fits").exists()
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from qtorch.trainer import (
     end_task_train,
     task_train,
 )
-from qtorch.trainer.failure import record_failure
+from qtorch.trainer.failure import error_summary, record_failure
 from qtorch.trainer.pooled import pool_definition
 
 
@@ -259,6 +259,7 @@ def test_errors_in_pool_and_run_contain_no_secrets(make_task, tmp_path, monkeypa
         recorder = R.get_recorder()
         error = ValueError("no answer from http://me:s3cret@host")
         record_failure(recorder, error)
+        assert "s3cret" not in error_summary(error)  # of log lines and tables
         raise error
     assert recorder.list_tags()["error"] == "ValueError: no answer from http://me:***@host"
     files = [p for p in tmp_path.rglob("*") if p.is_file()]

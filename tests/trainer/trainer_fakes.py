@@ -55,7 +55,9 @@ class FakeModel(Model):
         if self.fail == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.fail == "wait":
+            end = time.monotonic() + 60
             while not Path(f"{self.log}.go").exists():
+                assert time.monotonic() < end, "nobody lets this model go on"
                 time.sleep(0.01)
         self.random_number = float(torch.rand(()))
         recorder.log_metrics(random_number=self.random_number)

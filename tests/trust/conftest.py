@@ -57,6 +57,14 @@ def _is_foreign(path: Any) -> bool:
 _audit_log = AuditLog()
 
 
+def forget_evil_modules() -> list[str]:
+    """Remove the modules that only hostile objects name; return those that were imported."""
+    names = [name for name in sys.modules if name.partition(".")[0] in EVIL_MODULES]
+    for name in names:
+        del sys.modules[name]
+    return names
+
+
 @pytest.fixture
 def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Return `watch()`: a block in which a hostile object must not run any code.
@@ -72,6 +80,7 @@ def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
 
     @contextmanager
     def block(title: Any = "") -> Iterator[None]:
+        forget_evil_modules()
         _audit_log.events.clear()
         _audit_log.is_recording = True
         try:
@@ -79,6 +88,8 @@ def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
         finally:
             _audit_log.is_recording = False
         assert not _audit_log.events, (title, _audit_log.events)
+        # There is no audit event for `importlib.import_module`.
+        assert not forget_evil_modules(), f"{title} imported a module"
         assert not (tmp_path / "mark").exists(), f"{title} ran code"
 
     return block

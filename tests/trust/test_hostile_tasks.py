@@ -8,6 +8,7 @@ import json
 import random
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from qtorch.core.trust import as_stored_text
 from qtorch.study.export import load_network
 from qtorch.task.manager import TaskManager
 from qtorch.task.run import run_task
+from qtorch.task.worker_process import serve_request
 from qtorch.tracking.artifacts import read_object, write_object
 from qtorch.trainer.run import task_train
 
@@ -94,6 +96,28 @@ def hostile_tasks() -> list[tuple[str, dict[str, Any]]]:
     return tasks
 
 
+# Places of a task whose configuration is built, so that `os.system` there would be called.
+PLACES_OF_CALLS = (
+    *("model", "dataset", "reweighter", "record.0"),
+    *("model.network", "model.loss"),
+    *("model.trainer.callbacks.0", "model.trainer.logger", "model.trainer.strategy"),
+    *("dataset.handler", "dataset.handler.source", "dataset.handler.data_loader"),
+    *("dataset.handler.learn_processors.0", "dataset.handler.infer_processors.0"),
+)
+
+
+def task_with_a_command(place: str) -> dict[str, Any]:
+    """A task that runs a command unless the rule prevents it."""
+    task = tiny_task()
+    task["model"]["trainer"]["callbacks"] = [None]
+    *parents, name = place.split(".")
+    owner: Any = task
+    for key in parents:
+        owner = owner[int(key) if key.isdigit() else key]
+    owner[int(name) if name.isdigit() else name] = {"_target_": "os.system", "_args_": [COMMAND]}
+    return task
+
+
 def store_and_load(value: Any, folder: Path) -> Any:
     """Store a value as an artifact and load it, as from a stranger's store."""
     return read_object(write_object(value, folder, "thing"), "thing")
@@ -120,6 +144,12 @@ def test_watch_notices_code_that_runs(watch, config):
     Path("/var/tmp/hostile-mark").unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize("place", PLACES_OF_CALLS)
+def test_command_at_this_place_runs_if_the_task_is_the_users(watch, place):
+    with pytest.raises(AssertionError), watch(), contextlib.suppress(Exception):
+        task_train(task_with_a_command(place), "own")
+
+
 @pytest.mark.parametrize(("title", "config"), CONFIGS, ids=[t for t, _ in CONFIGS])
 def test_stored_configuration_runs_nothing(watch, tmp_path, title, config):
     stored = store_and_load(config, tmp_path)
@@ -131,7 +161,7 @@ def test_stored_configuration_runs_nothing(watch, tmp_path, title, config):
 
 @pytest.mark.slow
 def test_stored_task_runs_nothing(watch, tmp_path):
-    tasks = hostile_tasks()
+    tasks = [*hostile_tasks(), *((place, task_with_a_command(place)) for place in PLACES_OF_CALLS)]
     assert len(tasks) > 250
     for title, task in tasks:
         with watch(title), contextlib.suppress(Exception):
@@ -142,7 +172,8 @@ def test_stored_task_runs_nothing(watch, tmp_path):
 def test_pool_task_runs_nothing(watch, tmp_path):
     url = f"sqlite:///{tmp_path}/tasks.db"
     manager = TaskManager("theirs", url)
-    tasks = random.Random(0).sample(hostile_tasks(), 30)
+    tasks = [(place, task_with_a_command(place)) for place in PLACES_OF_CALLS]
+    tasks += random.Random(0).sample(hostile_tasks(), 15)
     ids = manager.create_task([{**tiny_task(), "seed": k} for k in range(len(tasks))])
     with sqlite3.connect(tmp_path / "tasks.db") as connection:
         (table,) = (
@@ -157,6 +188,28 @@ def test_pool_task_runs_nothing(watch, tmp_path):
     with watch():
         run_task(task_train, "theirs", url=url)
     assert manager.task_stat().get("waiting", 0) == 0
+
+
+def test_result_in_a_pool_runs_nothing(watch, tmp_path):
+    """The second phase of a task gets the result of the first one, which may be a stranger's."""
+    result = {"_target_": "os.system", "_args_": [COMMAND]}
+    manager = TaskManager("theirs", f"sqlite:///{tmp_path}/tasks.db")
+    manager.create_task([{"number": 1}])
+    manager.commit_task_res(manager.fetch_task(), result, status="part_done")
+    with watch("in this process"):
+        run_task(init_instance_by_config, "theirs", before_status="part_done", url=manager.url)
+    (task,) = manager.query()
+    assert (task["status"], "trusted" in task["error"]) == ("failed", True)
+    manager.close()
+    request = {
+        "func": "qtorch.core.instantiate.init_instance_by_config",
+        "definition": {"number": 1},
+        "res": result,
+        "options": {},
+    }
+    with watch("in a child"):
+        outcome = serve_request(request, SimpleNamespace(send=lambda message: None))
+    assert "trusted" in outcome["refused"]
 
 
 def hostile_documents(folder: Path) -> list[tuple[str, str]]:

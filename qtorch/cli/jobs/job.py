@@ -19,6 +19,7 @@ from qtorch.cli.compose import (
     check_runner,
     translate_hydra_errors,
 )
+from qtorch.cli.guard import error_line
 from qtorch.cli.jobs.finished_jobs import use_hydra_config
 from qtorch.cli.jobs.results import FAILED, KILLED, RESULT_FILE, command_results
 from qtorch.cli.jobs.sweep_command import SWEEP_VARIABLE, current_sweep, task_overrides
@@ -202,7 +203,7 @@ def _attach_run(result: JobResult, close_run: bool) -> None:
     try:
         jobs = sweep_jobs(str(sweep.recorder.id))
     except TrackingError as error:
-        print(f"job {result.number}: cannot find its run: {error}", file=sys.stderr)
+        print(f"job {result.number}: cannot find its run: {error_line(error)}", file=sys.stderr)
         return
     for job in jobs:
         if (job.number, job.overrides) == (result.number, result.overrides):

@@ -21,7 +21,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from qtorch.cli.compose import LOCAL
-from qtorch.cli.guard import INTERRUPTED, configure_process
+from qtorch.cli.guard import INTERRUPTED, configure_process, error_line
 from qtorch.cli.jobs.results import FAILED, KILLED, RUNNING, SENT, command_results
 from qtorch.cli.jobs.stored_command import RESUME_WORDS
 from qtorch.cli.jobs.work import LOCK_VARIABLE, is_isolated, job_fork_server
@@ -165,11 +165,11 @@ class SweepCommand:
         try:
             self._end_run(results, has_error=error is not None, is_interrupted=is_interrupted)
         except TrackingError as tracking_error:
-            print(f"error: {tracking_error}", file=sys.stderr)
+            print(f"error: {error_line(tracking_error)}", file=sys.stderr)
         for result in results:
             if result.error and result.status != KILLED:
-                error_text = printable_text(str(result.error))
-                print(f"error: job {result.number}: {error_text}", file=sys.stderr)
+                text = printable_text(str(result.error))
+                print(f"error: job {result.number}: {text}", file=sys.stderr)
         if error is not None:
             raise error
         if is_interrupted:

@@ -18,7 +18,7 @@ from qtorch.cli.jobs.results import FAILED, FINISHED, KILLED, RUNNING, SENT, com
 from qtorch.cli.launchers.kinds import OwnProcessLauncher, launcher_class
 from qtorch.cli.launchers.slurm import JOB_TAG, find_earlier_attempt, scheduler_job_name
 from qtorch.cli.tables.jobs import print_summary
-from qtorch.core.errors import ConfigError, QtorchError
+from qtorch.core.errors import ConfigError, QtorchError, printable_text
 from qtorch.process.child import ExitStatus, Parent
 from qtorch.process.fork_server import TRAINING_PRELOAD, ForkServer, fork_server
 from qtorch.process.heartbeat import RUN
@@ -112,7 +112,7 @@ def _log_seconds(request: Mapping[str, Any], result: JobResult, run: Recorder) -
 
 def print_failure(result: JobResult) -> None:
     """Report immediately that a job failed; the command repeats it at its end."""
-    print(f"job {result.number} failed: {result.error}", file=sys.stderr)
+    print(f"job {result.number} failed: {printable_text(str(result.error))}", file=sys.stderr)
 
 
 def print_skipped_job(result: JobResult, outcome: JobOutcome) -> None:
@@ -248,7 +248,8 @@ def fail_lost_run(run: Mapping[str, Any], message: str) -> None:
         with R.uri_context(run["tracking_uri"]):
             fail_run(R.get_recorder(recorder_id=run["recorder_id"]), message)
     except QtorchError as error:
-        print(f"cannot mark run {run['recorder_id']} as failed: {error}", file=sys.stderr)
+        text = error_line(error)
+        print(f"cannot mark run {run['recorder_id']} as failed: {text}", file=sys.stderr)
 
 
 def failure_hint(exit_status: ExitStatus) -> str:

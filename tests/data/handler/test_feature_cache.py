@@ -22,11 +22,12 @@ from qtorch.core import source_files
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.data import Alpha158, Alpha360, DataHandlerLP, TSDatasetH
 from qtorch.data.expression import register_operator, unregister_operator
-from qtorch.data.handler import feature_cache
+from qtorch.data.handler import code_digest, feature_cache
 from qtorch.data.handler.feature_cache import BYTES_VARIABLE, FeatureCache, use_feature_cache
 from qtorch.data.handler.loader import QlibDataLoader
 from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.panel.panel import Panel
+from qtorch.data.panel.stored_view import BLOCK_BYTES, checksum
 from qtorch.data.panel.view import View
 from qtorch.data.source.qlib import QlibSource
 from qtorch.data.source.synthetic import SyntheticSource
@@ -133,6 +134,18 @@ def test_changed_bars_change_the_key(market, folder, tmp_path):
     after = handler(copy, folder).fetch(data_key="raw")
     assert not before.equals(after)
     assert_frames_equal(after, handler(copy, False).fetch(data_key="raw"))
+
+
+def test_infinite_bars_stay_an_error_without_a_processor_for_them(market, folder, tmp_path):
+    copy = shutil.copytree(market, tmp_path / "copy")
+    path = copy / "features" / "s3" / "close.day.bin"
+    close_values = np.fromfile(path, dtype="<f4")
+    close_values[40] = np.inf
+    close_values.tofile(path)
+    handler(copy, folder, infer_processors=["ProcessInf"]).view("raw")
+    assert len(FeatureCache(folder).entries()) == 1
+    with pytest.raises(DataError, match="infinite"):  # although the features are cached
+        handler(copy, folder).view("raw")
 
 
 @pytest.fixture
@@ -260,7 +273,7 @@ register_operator("Own", make(0.0), replace=True)
 
 class Loader(QlibDataLoader):
     def compute_columns(self, group, bars, span, expressions, mask_bars=None):
-        columns = super().compute_columns(group, bars, span, expressions, mask_bars)
+        columns = QlibDataLoader.compute_columns(self, group, bars, span, expressions, mask_bars)
         columns.plain_panel().values.mul_(self.factor())
         return columns
 
@@ -346,17 +359,57 @@ def test_changed_user_code_changes_the_key(
 
 def test_values_that_change_without_an_edit_change_the_key(market, folder, user_code):
     code = user_code()
+
+    def make_with_default(value):
+        def function(x, window, added=value, *, factor=1.0):
+            return x * factor + added
+
+        return function
+
+    function = make_with_default(1.0)
+
+    def register(value):
+        return lambda: register_operator("Own", value, arguments=("series", "window"), replace=True)
+
+    changes = (
+        lambda: setattr(code, "OFFSET", 1.0),
+        lambda: setattr(code, "halved", lambda x: x),
+        lambda: setattr(code, "halved", lambda x: x * 3),  # the code alone differs
+        lambda: setattr(code.own_parts, "SCALE", 5.0),
+        register(code.make(2.0)),
+        register(code.make(3.0)),  # the closure alone differs
+        register(function),
+        lambda: setattr(function, "__defaults__", (2.0,)),
+        lambda: setattr(function, "__kwdefaults__", {"factor": 2.0}),
+    )
     first = load_own(code, "operator", market, folder)
-    for owner, name, value in (
-        (code, "OFFSET", 1.0),
-        (code, "halved", lambda x: x),
-        (code.own_parts, "SCALE", 5.0),
-    ):
-        setattr(owner, name, value)
+    for change in changes:
+        change()
         changed = load_own(code, "operator", market, folder)
         assert not changed.equals(first)
         assert_frames_equal(changed, load_own(code, "operator", market, False))
         first = changed
+
+
+def test_methods_that_change_without_an_edit_change_the_key(market, folder, user_code):
+    def above_median(self, bars):
+        return bars.mask & (bars.values[..., 0] > bars.values[..., 0].nanmedian())
+
+    def read_doubled_bars(self, *arguments):
+        bars = SyntheticSource.read_bars(self, *arguments)
+        return type(bars)(bars.values * 2.0, bars.spans)
+
+    code = user_code()
+    for kind, owner, name, method in (
+        ("loader", code.Loader, "factor", lambda self: 7.0),
+        ("filter", code.Filter, "passes", above_median),
+        ("source", code.Source, "read_bars", read_doubled_bars),
+    ):
+        first = load_own(code, kind, market, folder)
+        setattr(owner, name, method)
+        changed = load_own(code, kind, market, folder)
+        assert not changed.equals(first)
+        assert_frames_equal(changed, load_own(code, kind, market, False))
 
 
 def test_unused_operators_are_not_part_of_the_key(market, folder, user_code):
@@ -392,13 +445,26 @@ def double_values(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 
 
-def test_versions_of_libraries_are_part_of_the_key(monkeypatch):
+def test_versions_of_libraries_and_of_qtorch_are_part_of_the_key(market, folder, monkeypatch):
     first = feature_cache.engine_digest()
     for module in (torch, np, pd):
         with monkeypatch.context() as patch:
             patch.setattr(module, "__version__", "1.0")
             assert feature_cache.engine_digest() != first
+    for part in ("data", "core"):
+        with monkeypatch.context() as patch:
+            patch.setattr(feature_cache, "package_digest", lambda name, part=part: name == part)
+            handler(market, folder).view("raw")
     assert feature_cache.engine_digest() == first
+    assert len(FeatureCache(folder).entries()) == 2
+
+
+def test_versions_of_packages_that_user_code_calls_are_part_of_the_key(monkeypatch):
+    function = {"function": lambda x: pd.DataFrame(x)}
+    first = code_digest.code_digest(function)
+    assert code_digest.code_digest(function) == first
+    monkeypatch.setattr(code_digest, "library_version", lambda module: "another")
+    assert code_digest.code_digest(function) != first
 
 
 def test_errors_are_raised_and_leave_no_entry(market, folder):
@@ -512,6 +578,17 @@ def test_a_damaged_entry_is_recomputed(folder, damage, caplog):
     assert read_value(cache.get("a", {}, compute=lambda: make_view(2.0))) == 2.0
     assert f"cannot use the cached features in {folder / 'a'}" in caplog.text
     assert read_value(cache.get("a", {}, compute=lambda: pytest.fail("a is cached"))) == 2.0
+
+
+def test_checksum_notices_each_byte_and_the_length():
+    content = torch.arange(BLOCK_BYTES * 2 + 100).remainder(251).to(torch.uint8)
+    checksums = {checksum(content), checksum(content[:-1])}
+    positions = (0, BLOCK_BYTES, 2 * BLOCK_BYTES - 1, 2 * BLOCK_BYTES, len(content) - 1)
+    for position in positions:
+        changed = content.clone()
+        changed[position] ^= 1
+        checksums.add(checksum(changed))
+    assert len(checksums) == 2 + len(positions)
 
 
 def test_verify_names_and_removes_damaged_entries(folder, damage, capsys):
