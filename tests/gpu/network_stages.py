@@ -21,6 +21,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "model")]
 
 from pretended_cuda import PretendedCuda  # noqa: E402  # before torch
 
+# isort: split
 import torch  # noqa: E402
 from toy_training import ToyDataset  # noqa: E402
 
@@ -164,6 +165,7 @@ def stage_report(gpu: PretendedCuda) -> dict[str, Any]:
         name: {
             "calls": counts.calls,
             "kernels": counts.num_kernels,
+            "operations": dict(counts.kernels),
             "waits": dict(counts.waits),
             "copies": dict(counts.copies),
         }

@@ -1,8 +1,8 @@
 """A pretended CUDA device for a build of torch without CUDA.
 
-Tensors "on cuda:0" wrap CPU tensors with real numbers, so that whole trainings run, with the control
-flow of a GPU. Inside `with PretendedCuda() as gpu:` it is counted, with the line of code, what the
-host of a real GPU would wait for:
+Tensors "on cuda:0" wrap CPU tensors with real numbers, so that whole trainings run, with the
+control flow of a GPU. Inside `with PretendedCuda() as gpu:` it is counted, with the line of code,
+what the host of a real GPU would wait for:
 
 - numbers that are read (`.item()`, `bool`, `.tolist()`, `.cpu()`),
 - copies to the device that are not asynchronous,
@@ -10,8 +10,8 @@ host of a real GPU would wait for:
 - an index by tensors of the CPU.
 
 An operation on tensors of two devices raises, as on a GPU. cuDNN's recurrent layers are one
-operation forward and one backward, and refuse a backward pass in evaluation mode. Not pretended: the
-numerical errors of CUDA's kernels, streams, and time.
+operation forward and one backward, and refuse a backward pass in evaluation mode. Not pretended:
+the numerical errors of CUDA's kernels, streams, and time.
 
 This module must be imported before torch.
 """
@@ -26,13 +26,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 COMPILER = "g++"
 SOURCE = Path(__file__).resolve().with_name("cuda_guard.cpp")
@@ -405,7 +404,7 @@ class Cudnn:
 
     LSTM, GRU = 2, 3
     MAX_KEPT = 64
-    _graphs: dict[int, Any] = {}  # of forward passes, by the id of their reserved memory
+    _graphs: ClassVar[dict[int, Any]] = {}  # of forward passes, by the id of their reserved memory
 
     @classmethod
     def forward(cls, gpu: PretendedCuda, func: Any, args: Any, kwargs: Any) -> Any:

@@ -59,7 +59,7 @@ from qtorch.model.loop.schedules import (
     complete_plan,
     scheduler_plan,
 )
-from qtorch.model.loop.scoring import evaluation_batch_size
+from qtorch.model.loop.scoring import evaluation_batch_size, evaluation_days
 from qtorch.model.loop.sharding import gather_weights, is_sharded
 from qtorch.model.loop.user_module import UserModuleRescaler
 from qtorch.process.stops import StopRequest
@@ -302,12 +302,16 @@ class Training:
         order = batch["order"]
         if not training:
             order = "day_sequential" if order.startswith("day") else "sequential"
-        eval_size = evaluation_batch_size(batch, samples.device)
+        size, days_per_batch = batch["size"], batch["days_per_batch"]
+        if not training:
+            loss = getattr(self.module, "loss", None)
+            size = evaluation_batch_size(batch, samples.device)
+            days_per_batch = evaluation_days(batch, loss, samples, samples.device)
         loader_arguments: dict[str, Any] = {
-            "batch_size": batch["size"] if training else eval_size,
+            "batch_size": size,
             "order": order,
             "seed": self.recipe.seed,
-            "days_per_batch": batch["days_per_batch"],
+            "days_per_batch": days_per_batch,
             "min_tail": self._min_tail() if training else 1,
         }
         if self.rank_info is None:
