@@ -2,14 +2,18 @@
 
     python network_stages.py FILE [NAME ...]
 
-writes a JSON object to FILE: for each network its waits and kernels in each stage, or its error.
+writes a JSON object to FILE: for each network its waits and kernels in each stage, or its error. It
+prints the rows of the table in docs/gpu.md.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import json
+import math
+import pkgutil
 import sys
 import traceback
 import warnings
@@ -28,7 +32,7 @@ from toy_training import ToyDataset  # noqa: E402
 from qtorch.cli.compose import compose_settings, config_path  # noqa: E402
 from qtorch.core.instantiate import init_instance_by_config  # noqa: E402
 from qtorch.data.dataset.samples import PackedColumns  # noqa: E402
-from qtorch.model import lightning_model  # noqa: E402
+from qtorch.model import lightning_model, methods  # noqa: E402
 from qtorch.model.loop import scoring  # noqa: E402
 from qtorch.model.loop.checkpoint import CheckpointCallback  # noqa: E402
 from qtorch.model.loop.loader import StepBatches  # noqa: E402
@@ -37,10 +41,11 @@ from qtorch.model.loop.module import ScoreModule  # noqa: E402
 NOT_NETWORKS = {"lightning", "lightgbm", "linear"}
 FLAT_NETWORKS = {"mlp", "tabnet"}
 STEP_LEN = {"master": 8, "stockmixer": 16}
+STEP_STAGES = ("train", "valid", "predict")  # of one batch
 FIRST_EPOCH = " in the first epoch"
-NUM_DAYS = 80
+NUM_DAYS = 40
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
-    "adarnn": {"module": {"pre_epoch": 2}},
+    "adarnn": {"module": {"pre_epoch": 1}},
     "tabnet": {"module": {"pretrain_epochs": 1}, "network": {"vbs": 50}},
 }
 
@@ -58,14 +63,15 @@ def network_config(name: str, *overrides: str, **trainer: Any) -> dict[str, Any]
     """Return the configuration of a small model for the toy dataset."""
     config: dict[str, Any] = compose_settings("train", [f"model={name}", *overrides])["model"]
     config["trainer"] = {
-        "max_epochs": 3,
+        "max_epochs": 2,
         "accelerator": "auto",
         "enable_progress_bar": False,
         "gradient_clip_val": 3.0,
         "gradient_clip_algorithm": "value",
         **trainer,
     }
-    config |= {"checkpoint": {"enabled": False}, "seed": 0, "early_stop": None}
+    # One network shows what a checkpoint waits for.
+    config |= {"checkpoint": {"enabled": name == "lstm"}, "seed": 0, "early_stop": None}
     sizes = {"eval_size": 80} if is_day_network(config) else {"size": 100, "eval_size": 200}
     config["batch"] |= sizes
     for group, changes in CHANGES.get(name, {}).items():
@@ -85,6 +91,16 @@ def network_dataset(name: str) -> ToyDataset:
     )
 
 
+def training_modules() -> list[type[ScoreModule]]:
+    """Return ScoreModule and every class of the package that derives from it."""
+    for module in pkgutil.iter_modules(methods.__path__):
+        importlib.import_module(f"{methods.__name__}.{module.name}")
+    classes = [ScoreModule]
+    for module_class in classes:
+        classes += module_class.__subclasses__()
+    return classes
+
+
 def count_stages(gpu: PretendedCuda) -> None:
     """Count what the hooks of the training module do, each as a stage."""
 
@@ -92,10 +108,12 @@ def count_stages(gpu: PretendedCuda) -> None:
         method = owner.__dict__[hook]
 
         @functools.wraps(method)
-        def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def counting_hook(self: Any, *args: Any, **kwargs: Any) -> Any:
             name = stage
             if is_step and self.trainer.current_epoch == 0:
                 name += FIRST_EPOCH
+            if gpu.stage == name:  # called by the hook of a derived class
+                return method(self, *args, **kwargs)
             with gpu.counting(name) as counts:
                 if not is_step or not isinstance(args[0], StepBatches):
                     return method(self, *args, **kwargs)
@@ -105,12 +123,9 @@ def count_stages(gpu: PretendedCuda) -> None:
                 counts.calls += loader.position - before - 1
                 return result
 
-        setattr(owner, hook, counted)
+        setattr(owner, hook, counting_hook)
 
-    classes = [ScoreModule]
-    for module_class in classes:
-        classes += module_class.__subclasses__()
-    for module_class in classes:
+    for module_class in training_modules():
         if "validation_step" in module_class.__dict__:
             count(module_class, "validation_step", "valid", is_step=True)
         for hook in (
@@ -191,19 +206,27 @@ def main(path: str, *names: str) -> None:
                 report[name] = stage_report(gpu)
             except Exception:
                 report[name] = {"error": traceback.format_exc()}
-            print(name, *_summary(report[name]), flush=True)
+            print(table_row(name, report[name]), flush=True)
     Path(path).write_text(json.dumps(report, indent=1))
 
 
-def _summary(stages: dict[str, Any]) -> list[str]:
+def table_row(name: str, stages: dict[str, Any]) -> str:
+    """Return a network's row of the table in docs/gpu.md."""
     if "error" in stages:
-        return [stages["error"].strip().splitlines()[-1]]
-    return [
-        f"{stage}: {sum(counts['waits'].values()) / max(1, counts['calls']):.2f} waits "
-        f"{counts['kernels'] / max(1, counts['calls']):.0f} kernels;"
-        for stage, counts in stages.items()
-        if stage in ("train", "valid", "predict")
-    ]
+        return f"| {name} | {stages['error'].strip().splitlines()[-1]} |"
+    numbers = [num_step_waits(stages), *(num_launches(stages, stage) for stage in STEP_STAGES)]
+    return f"| {' | '.join([name, *map(str, numbers)])} |"
+
+
+def num_step_waits(stages: dict[str, Any]) -> int:
+    """Return how often the host waited for the device in all steps."""
+    names = (name for stage in STEP_STAGES for name in (stage, stage + FIRST_EPOCH))
+    return sum(sum(stages[name]["waits"].values()) for name in names if name in stages)
+
+
+def num_launches(stages: dict[str, Any], stage: str) -> int:
+    """Return the number of kernels of a step after the first epoch, in which memory is set up."""
+    return math.ceil(stages[stage]["kernels"] / stages[stage]["calls"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A pretended CUDA device for a build of torch without CUDA.
 
 Tensors "on cuda:0" wrap CPU tensors with real numbers, so that whole trainings run, with the
-control flow of a GPU. Inside `with PretendedCuda() as gpu:` it is counted, with the line of code,
+control flow of a GPU. Inside `with PretendedCuda() as gpu:` it is counted, with the function,
 what the host of a real GPU would wait for:
 
 - numbers that are read (`.item()`, `bool`, `.tolist()`, `.cpu()`),
@@ -9,7 +9,8 @@ what the host of a real GPU would wait for:
 - shapes that depend on values (`nonzero`, a boolean index, `unique`),
 - an index by tensors of the CPU.
 
-An operation on tensors of two devices raises, as on a GPU. cuDNN's recurrent layers are one
+An operation on tensors of two devices raises, as on a GPU, and so does one in a process that was
+forked from the one that entered the block. cuDNN's recurrent layers are one
 operation forward and one backward, and refuse a backward pass in evaluation mode. Not pretended:
 the numerical errors of CUDA's kernels, streams, and time.
 
@@ -19,6 +20,7 @@ This module must be imported before torch.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -142,7 +144,7 @@ class CudaTensor(Tensor):
         return memo[id(self)]
 
 
-def content_of(value: Any) -> Any:
+def get_content(value: Any) -> Any:
     """Return the CPU tensor of a CudaTensor, and any other value as it is."""
     return value.content if isinstance(value, CudaTensor) else value
 
@@ -152,7 +154,7 @@ class StageCounts:
 
     def __init__(self) -> None:
         self.calls = 0
-        self.waits: Counter[str] = Counter()  # "reason @ file:line"
+        self.waits: Counter[str] = Counter()  # "reason @ file function"
         self.kernels: Counter[str] = Counter()  # by operation
         self.copies: Counter[str] = Counter()  # asynchronous copies
 
@@ -174,8 +176,9 @@ class PretendedCuda(TorchDispatchMode):
     def __init__(self, *, shuffle_sums: bool = False) -> None:
         super().__init__()
         self.shuffle_sums = shuffle_sums
+        self.process_id = os.getpid()
         self.stages: defaultdict[str, StageCounts] = defaultdict(StageCounts)
-        self.stage = "other"
+        self.stage = "around the epochs"
         self.waits_raise = False
         self.pinned: set[int] = set()
         # cuDNN's layers are computed in a thread of their own, in which autograd is enabled.
@@ -224,6 +227,8 @@ class PretendedCuda(TorchDispatchMode):
         is_for_cuda = device is not None and torch.device(device).type == "cuda"
         if not has_cuda_tensor and not is_for_cuda:
             return func(*args, **kwargs)
+        if os.getpid() != self.process_id:
+            raise RuntimeError("Cannot re-initialize CUDA in forked subprocess.")
         if torch.is_inference_mode_enabled() and func._can_decompose():
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -247,7 +252,7 @@ class PretendedCuda(TorchDispatchMode):
         if not name.startswith("cumsum") or args[0].is_floating_point():
             raise RuntimeError(
                 f"{NOT_DETERMINISTIC[name]} does not have a deterministic implementation, but you "
-                f"set 'torch.use_deterministic_algorithms(True)' @ {code_line()}"
+                f"set 'torch.use_deterministic_algorithms(True)' @ {code_place()}"
             )
 
     def _check_devices(self, func: Any, name: str, flat: list[Any]) -> None:
@@ -259,7 +264,7 @@ class PretendedCuda(TorchDispatchMode):
             return
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, "
-            f"cuda:0 and cpu! ({func} @ {code_line()})"
+            f"cuda:0 and cpu! ({func} @ {code_place()})"
         )
 
     def _shuffle_sum(self, name: str, args: Any) -> Any:
@@ -281,8 +286,8 @@ class PretendedCuda(TorchDispatchMode):
     def count_wait(self, reason: str) -> None:
         """Count that the host waits for the device."""
         if self.waits_raise:
-            raise RuntimeError(f"called a synchronizing CUDA operation: {reason} @ {code_line()}")
-        self.stages[self.stage].waits[f"{reason} @ {code_line()}"] += 1
+            raise RuntimeError(f"called a synchronizing CUDA operation: {reason} @ {code_place()}")
+        self.stages[self.stage].waits[f"{reason} @ {code_place()}"] += 1
 
     def _count(self, func: Any, name: str, args: Any, kwargs: Any) -> None:
         if name == "_local_scalar_dense":
@@ -336,15 +341,26 @@ def current_device() -> PretendedCuda:
     return _devices[-1]
 
 
-def code_line() -> str:
-    """Return `package/file:line` of the innermost frame in qtorch or Lightning, else "?"."""
+@functools.cache
+def package_folders() -> dict[str, str]:
+    """Return the folder of each package whose functions are named, by the package's name."""
+    specs = {name: importlib.util.find_spec(name) for name in PACKAGES}
+    return {
+        name: f"{spec.submodule_search_locations[0]}{os.sep}"
+        for name, spec in specs.items()
+        if spec is not None and spec.submodule_search_locations
+    }
+
+
+def code_place() -> str:
+    """Return "package/file.py function" of the innermost frame in qtorch or Lightning, else "?"."""
     frame = sys._getframe(1)
     while frame is not None:
-        path = frame.f_code.co_filename
-        for package in PACKAGES:
-            folder = f"{os.sep}{package}{os.sep}"
-            if folder in path:
-                return f"{path[path.rindex(folder) + 1 :]}:{frame.f_lineno}"
+        code = frame.f_code
+        for name, folder in package_folders().items():
+            if code.co_filename.startswith(folder):
+                function = code.co_qualname.split(".<locals>")[0]
+                return f"{name}/{code.co_filename.removeprefix(folder)} {function}"
         frame = frame.f_back  # type: ignore[assignment]
     return "?"
 
@@ -353,7 +369,7 @@ def _run(func: Any, flat: list[Any], spec: Any, *, is_result_on_cuda: bool) -> A
     """Run an operation on the CPU and wrap its results; arguments keep their identity."""
     wrapped = {id(a.content): a for a in flat if isinstance(a, CudaTensor)}
     cpu_ids = {id(a) for a in flat if type(a) is Tensor}
-    args, kwargs = tree_unflatten([content_of(a) for a in flat], spec)
+    args, kwargs = tree_unflatten([get_content(a) for a in flat], spec)
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     if kwargs.get("pin_memory"):
@@ -375,13 +391,13 @@ def _run(func: Any, flat: list[Any], spec: Any, *, is_result_on_cuda: bool) -> A
 def _to_copy(gpu: PretendedCuda, func: Any, args: Any, kwargs: Any) -> Tensor:
     device = kwargs.get("device")
     ignored = ("device", "non_blocking", "pin_memory")
-    result = func(content_of(args[0]), **{k: v for k, v in kwargs.items() if k not in ignored})
+    result = func(get_content(args[0]), **{k: v for k, v in kwargs.items() if k not in ignored})
     is_on_cuda = device is None or torch.device(device).type == "cuda"
     return CudaTensor(result) if is_on_cuda else result
 
 
 def _copy(gpu: PretendedCuda, func: Any, args: Any, kwargs: Any) -> Tensor:
-    content_of(args[0]).copy_(content_of(args[1]))
+    get_content(args[0]).copy_(get_content(args[1]))
     return args[0]
 
 
@@ -390,12 +406,12 @@ def _read_number(gpu: PretendedCuda, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _index(gpu: PretendedCuda, func: Any, args: Any, kwargs: Any) -> Tensor:
-    return CudaTensor(func(content_of(args[0]), [content_of(i) for i in args[1]]))
+    return CudaTensor(func(get_content(args[0]), [get_content(i) for i in args[1]]))
 
 
 def _index_put(gpu: PretendedCuda, func: Any, args: Any, kwargs: Any) -> Tensor:
-    indices = [content_of(i) for i in args[1]]
-    func(content_of(args[0]), indices, *map(content_of, args[2:]), **kwargs)
+    indices = [get_content(i) for i in args[1]]
+    func(get_content(args[0]), indices, *map(get_content, args[2:]), **kwargs)
     return args[0]
 
 
@@ -411,7 +427,7 @@ class Cudnn:
         (x, weight, _, _, hx, cx, kind, _, _, layers, batch_first, dropout, train, bidirectional,
          _, _) = args  # fmt: skip
         states = [hx, cx] if kind == cls.LSTM else [hx]
-        leaves = [content_of(t) for t in (x, *states, *weight)]
+        leaves = [get_content(t) for t in (x, *states, *weight)]
 
         def compute() -> Any:
             with torch.enable_grad():
@@ -439,7 +455,7 @@ class Cudnn:
             raise RuntimeError("cudnn RNN backward can only be called in training mode")
         _, inputs, outputs, kind = cls._graphs[id(reserve.content)]
         pairs = [
-            (output, content_of(gradient))
+            (output, get_content(gradient))
             for output, gradient in zip(outputs, output_gradients, strict=True)
             if gradient is not None
         ]
@@ -458,7 +474,9 @@ class Cudnn:
             for r, i in zip(results, inputs, strict=True)
         ]
         x, hx, cx = results[0], results[1], results[2] if kind == cls.LSTM else None
-        states = [g if wanted else None for g, wanted in zip((x, hx, cx), mask[:3], strict=True)]
+        states = [
+            g if is_needed else None for g, is_needed in zip((x, hx, cx), mask[:3], strict=True)
+        ]
         return (*states, weights[first_weight:])
 
 

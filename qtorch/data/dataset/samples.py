@@ -243,8 +243,8 @@ class Samples:
         is_sample = offsets < counts[:, None]
         padding = torch.nonzero(~is_sample.reshape(-1))[:, 0]
         rows = (self._day_starts[days][:, None] + offsets * is_sample).reshape(-1)
-        both = send_to_device(torch.cat((rows, padding)), self.index_device)
-        batch = self._gather(*both.split((len(rows), len(padding)))).unflatten(len(days), width)
+        indices = send_to_device(torch.cat((rows, padding)), self.index_device)
+        batch = self._gather(*indices.split((len(rows), len(padding)))).unflatten(len(days), width)
         batch.num_samples = num_samples
         return batch
 
