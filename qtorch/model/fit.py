@@ -90,7 +90,9 @@ def fit_network(
             checkpoint_callback = training.prepare(folder, identity, interruption, recorder)
             with _convert_interruption(folder, recorder, checkpoint_callback):
                 training.run(checkpoint)
-        return training.result(checkpoint)
+        result = training.result(checkpoint)
+        training.release_memory()
+        return result
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
     python network_stages.py FILE [NAME ...]
 
-writes a JSON object to FILE: for each network its waits and kernels in each stage, or its error. It
-prints the rows of the table in docs/gpu.md.
+writes a JSON object to FILE: for each network its waits and kernels in each stage and the number
+of tensors that are left on the device, or its error.
+It prints the rows of the table in docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "model")]
 
-from pretended_cuda import PretendedCuda  # noqa: E402  # before torch
+from pretended_cuda import CudaTensor, PretendedCuda  # noqa: E402  # before torch
 
 # isort: split
 import torch  # noqa: E402
@@ -31,7 +32,6 @@ from toy_training import ToyDataset  # noqa: E402
 
 from qtorch.cli.compose import compose_settings, config_path  # noqa: E402
 from qtorch.core.instantiate import init_instance_by_config  # noqa: E402
-from qtorch.data.dataset.samples import PackedColumns  # noqa: E402
 from qtorch.model import lightning_model, methods  # noqa: E402
 from qtorch.model.loop import scoring  # noqa: E402
 from qtorch.model.loop.checkpoint import CheckpointCallback  # noqa: E402
@@ -188,9 +188,9 @@ def stage_report(gpu: PretendedCuda) -> dict[str, Any]:
     }
 
 
-def num_packs() -> int:
-    """Count the packed features that are alive, without a run of the garbage collector."""
-    return sum(isinstance(value, PackedColumns) for value in gc.get_objects())
+def num_device_tensors() -> int:
+    """Count the tensors on the device that are alive, without a run of the garbage collector."""
+    return sum(type(value) is CudaTensor for value in gc.get_objects())
 
 
 def main(path: str, *names: str) -> None:
@@ -201,19 +201,22 @@ def main(path: str, *names: str) -> None:
         count_stages(gpu)
         count_scoring(gpu)
         for name in names or network_names():
+            gc.collect()
+            gc.disable()
             try:
                 train_and_score(name, gpu)
-                report[name] = stage_report(gpu)
+                report[name] = {"stages": stage_report(gpu), "tensors": num_device_tensors()}
             except Exception:
                 report[name] = {"error": traceback.format_exc()}
             print(table_row(name, report[name]), flush=True)
     Path(path).write_text(json.dumps(report, indent=1))
 
 
-def table_row(name: str, stages: dict[str, Any]) -> str:
+def table_row(name: str, result: dict[str, Any]) -> str:
     """Return a network's row of the table in docs/gpu.md."""
-    if "error" in stages:
-        return f"| {name} | {stages['error'].strip().splitlines()[-1]} |"
+    if "error" in result:
+        return f"| {name} | {result['error'].strip().splitlines()[-1]} |"
+    stages = result["stages"]
     numbers = [num_step_waits(stages), *(num_launches(stages, stage) for stage in STEP_STAGES)]
     return f"| {' | '.join([name, *map(str, numbers)])} |"
 

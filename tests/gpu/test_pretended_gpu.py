@@ -66,9 +66,12 @@ def is_step(stage: str) -> bool:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_network_trains_without_waiting_for_the_device(name: str, report: dict[str, Any]) -> None:
-    stages = report[name]
-    assert "error" not in stages, stages["error"]
+def test_network_neither_waits_for_the_device_nor_keeps_its_memory(
+    name: str, report: dict[str, Any]
+) -> None:
+    assert "error" not in report[name], report[name]["error"]
+    assert report[name]["tensors"] == 0, "a fit or a prediction leaves tensors on the device"
+    stages = report[name]["stages"]
     waits = {stage: c["waits"] for stage, c in stages.items() if is_step(stage)}
     assert not any(waits.values()), waits
     assert {"train", "train in the first epoch", "valid", "predict"} <= set(waits)
@@ -89,8 +92,8 @@ def test_every_wait_outside_of_the_steps_is_listed_with_its_reason(report: dict[
     occasions = {"around the epochs": "each fit", "around predict": "each prediction"}
     waits = {
         (occasions.get(stage, "each epoch"), wait.partition(" @ ")[2])
-        for stages in report.values()
-        for stage, counts in stages.items()
+        for result in report.values()
+        for stage, counts in result["stages"].items()
         if not is_step(stage)
         for wait in counts["waits"]
     }

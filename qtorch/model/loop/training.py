@@ -37,7 +37,11 @@ from qtorch.model.loop.factories import (
     explain_errors,
     group_parameters,
 )
-from qtorch.model.loop.lightning_internals import skip_sigterm_broadcast
+from qtorch.model.loop.lightning_internals import (
+    detach_module,
+    move_tensors,
+    skip_sigterm_broadcast,
+)
 from qtorch.model.loop.loader import StepLoader
 from qtorch.model.loop.loggers import RecorderLogger
 from qtorch.model.loop.module import ScoreModule, never_stop
@@ -138,6 +142,7 @@ class Training:
         self.recipe, self.train, self.valid = recipe, train, valid
         self.tuning, self.optimizer_state = tuning, optimizer_state
         self.is_user_module = isinstance(network, pl.LightningModule)
+        self.loaders: list[StepLoader] = []
         self.num_parameters = sum(p.numel() for p in network.parameters())
         self.network = network
         # An unsharded copy that receives the gathered weights at the end.
@@ -323,7 +328,7 @@ class Training:
             raise ConfigError(
                 f"limit_train_batches={limit} leaves none of the {len(source)} batches."
             )
-        return StepLoader(
+        loader = StepLoader(
             source,
             lambda: self.trainer.current_epoch,
             inner_steps=resolve_inner_steps(self.recipe.inner_steps, options, num_batches),
@@ -332,6 +337,8 @@ class Training:
             yield_batches=self.is_user_module,
             same_batches=options.overfits_batches,
         )
+        self.loaders.append(loader)
+        return loader
 
     def _count_batches(self, source: BatchLoader, training: bool) -> int:
         """Return the number of batches of an epoch, without a smaller last one if it is dropped."""
@@ -411,7 +418,22 @@ class Training:
             network._compiled_call_impl = None  # a compiled call cannot be saved
         report = self._build_report(member, None if checkpoint is None else checkpoint[0])
         names = self.checkpoint_callback.validation_names
-        return FitResult(network, member.history, report, member.best_optimizer, names)
+        optimizer_state = move_tensors(member.best_optimizer, "cpu")
+        return FitResult(network, member.history, report, optimizer_state, names)
+
+    def release_memory(self) -> None:
+        """Drop samples, module and optimizer states, so that the device's memory is free again.
+
+        Lightning's objects refer to each other. Without this, what they hold stays in memory until
+        the garbage collector runs. A LightningModule of the user's keeps its trainer.
+        """
+        for loader in self.loaders:
+            loader.release_samples()
+        if not self.is_user_module:
+            detach_module(self.trainer, self.module)
+            self.module.__dict__.pop("weight_update", None)
+        self.checkpoint_callback.members = []
+        self.__dict__.clear()
 
     def _warn_nan_monitor(self, member: FitProgress) -> None:
         monitor = self.checkpoint_callback.monitor
