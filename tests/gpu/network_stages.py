@@ -66,6 +66,7 @@ def network_config(name: str, *overrides: str, **trainer: Any) -> dict[str, Any]
         "max_epochs": 2,
         "accelerator": "auto",
         "enable_progress_bar": False,
+        "deterministic": True,
         "gradient_clip_val": 3.0,
         "gradient_clip_algorithm": "value",
         **trainer,

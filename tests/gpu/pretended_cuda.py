@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -147,6 +148,17 @@ class CudaTensor(Tensor):
 def get_content(value: Any) -> Any:
     """Return the CPU tensor of a CudaTensor, and any other value as it is."""
     return value.content if isinstance(value, CudaTensor) else value
+
+
+def num_device_bytes() -> int:
+    """Return the size of all tensors on the device, without a run of the garbage collector."""
+    tensors = (value for value in gc.get_objects() if type(value) is CudaTensor)
+    return sum(
+        {
+            t.content.untyped_storage().data_ptr(): t.content.untyped_storage().nbytes()
+            for t in tensors
+        }.values()
+    )
 
 
 class StageCounts:
@@ -523,6 +535,7 @@ def replace_torch_functions(gpu: PretendedCuda) -> list[Callable[[], None]]:
         "_lazy_init": lambda: None,
         "is_initialized": lambda: True,
         "mem_get_info": lambda device=None: (130 * GB, 139 * GB),
+        "memory_allocated": lambda device=None: num_device_bytes(),
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: gpu.count_wait("torch.cuda.synchronize"),
         "set_sync_debug_mode": lambda mode: setattr(gpu, "waits_raise", mode in ("error", 2)),
@@ -548,9 +561,28 @@ def replace_torch_functions(gpu: PretendedCuda) -> list[Callable[[], None]]:
     replace(torch, "Generator", _cpu_generator(torch.Generator))
     # A wrapped tensor has no inference mode; without gradients it is the same program.
     replace(torch, "inference_mode", lambda mode=True: torch.no_grad())
+    replace(sys.modules["qtorch.data.threads"], "ThreadPoolExecutor", DeviceThreads)
     replace(torch._VF, "lstm", _recurrent_layer(Cudnn.LSTM))
     replace(torch._VF, "gru", _recurrent_layer(Cudnn.GRU))
     return undo
+
+
+class ThreadDevice(TorchDispatchMode):
+    """The current device in another thread: a mode belongs to the thread that has entered it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return current_device().dispatch(func, args, kwargs or {})
+
+
+class DeviceThreads(ThreadPoolExecutor):
+    """A pool of threads that see the pretended device."""
+
+    def map(self, function: Any, *parts: Any, **options: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            with ThreadDevice():
+                return function(*arguments)
+
+        return super().map(run, *parts, **options)
 
 
 def _cpu_generator(generator_class: Any) -> Any:

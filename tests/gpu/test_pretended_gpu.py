@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
         pytest.skip("no g++ to compile the library of the pretended GPU")
     if torch.version.cuda is not None:
         pytest.skip("this build of torch has CUDA: run the tests marked gpu on a real one")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    folders = [str(ROOT), str(ROOT / "tests" / "gpu"), os.environ.get("PYTHONPATH")]
+    path = os.pathsep.join(filter(None, folders))
     environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
@@ -98,3 +100,46 @@ def test_every_wait_outside_of_the_steps_is_listed_with_its_reason(report: dict[
         for wait in counts["waits"]
     }
     assert waits == listed
+
+
+GPU_TESTS = [
+    "tests/data/dataset/test_samples.py",
+    "tests/data/expression/test_evaluation.py",
+    "tests/metrics/test_ic.py",
+    "tests/model/test_cuda.py",
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[ElementTree.Element]]:
+    """The results of the tests marked gpu on the pretended device, by file."""
+    path = tmp_path_factory.mktemp("gpu") / "results.xml"
+    process = run_program(
+        *["-m", "pytest", "-p", "pretended_plugin", "-p", "no:cacheprovider", "-m", "gpu", "-q"],
+        *[f"--junit-xml={path}", "-o", "junit_family=xunit1", *GPU_TESTS],
+    )
+    assert process.returncode in (0, 1), process.stdout[-3000:] + process.stderr[-3000:]
+    by_file: dict[str, list[ElementTree.Element]] = {}
+    for case in ElementTree.parse(path).iter("testcase"):
+        by_file.setdefault(case.get("file", ""), []).append(case)
+    return by_file
+
+
+@pytest.mark.parametrize("path", GPU_TESTS)
+def test_gpu_tests_pass_on_the_pretended_device(path: str, results: Any) -> None:
+    assert results[path]
+    problems = {
+        case.get("name"): "".join(child.text or "" for child in case if child.tag != "system-out")
+        for case in results[path]
+        if any(child.tag in ("failure", "error", "skipped") for child in case)
+    }
+    assert not problems, "\n".join(f"{name}:\n{text[-2000:]}" for name, text in problems.items())
+
+
+def test_every_file_with_gpu_tests_runs_on_the_pretended_device() -> None:
+    files = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if "mark.gpu" in path.read_text() and path.name != Path(__file__).name
+    }
+    assert files == set(GPU_TESTS)

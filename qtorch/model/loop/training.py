@@ -25,6 +25,7 @@ from qtorch.core.identity import digest
 from qtorch.data.dataset.batches import BatchLoader, BlockLoader, ShardedLoader
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import BaseLoss, Combined
+from qtorch.model.devices.numerics import describe_numerics
 from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.callbacks import pruning_callbacks
 from qtorch.model.loop.checkpoint import CALLBACK_STATE_KEY, CheckpointCallback, get_network
@@ -101,6 +102,7 @@ class Recipe:
     inner_steps: int | str
     compile: bool | dict[str, Any]
     seed: int
+    matmul_precision: str | None = None
 
 
 @dataclass
@@ -460,6 +462,8 @@ class Training:
             "parameters": self.num_parameters,
             "device": str(self.train.device),
             "devices": self.ranks.size,
+            "store": self.train.store,
+            **describe_numerics(self.train.device),
             "inner_steps": self.loader.inner_steps,
             "seed": self.recipe.seed,
             "resumed_from": None if resumed_from is None else str(resumed_from),
@@ -531,7 +535,11 @@ def training_identity(
         "start": start,
         **{
             name: _describe_spec(value)
-            for name, value in (("module", recipe.module), ("day_label", recipe.day_label))
+            for name, value in (
+                ("module", recipe.module),
+                ("day_label", recipe.day_label),
+                ("matmul_precision", recipe.matmul_precision),
+            )
             if value is not None
         },
     }
