@@ -57,13 +57,13 @@ def daily_ic(
     # Invalid pairs go to an extra day instead of being removed: the shapes then do not depend on
     # the data, and the host need not wait for the device.
     day = torch.where(valid, day, num_days)
-    x = torch.where(valid, score, 0.0).double()
-    y = torch.where(valid, label, 0.0).double()
-    buckets = num_days + 1
-    count = _day_sum(valid.double(), day, buckets)
-    ic = _pearson(x, y, day, count)
-    rank_ic = _pearson(ranks(x, day, buckets), ranks(y, day, buckets), day, count)
-    return DailyIC(ic[:num_days], rank_ic[:num_days], count[:num_days])
+    day, order = torch.sort(day, stable=True)
+    x = torch.where(valid, score, 0.0).double().index_select(0, order)
+    y = torch.where(valid, label, 0.0).double().index_select(0, order)
+    days = _Days(day, num_days + 1)
+    ic = _pearson(x, y, days)
+    rank_ic = _pearson(ranks(x, day), ranks(y, day), days)
+    return DailyIC(ic[:num_days], rank_ic[:num_days], days.count[:num_days])
 
 
 class ICMeter:
@@ -97,38 +97,55 @@ class ICMeter:
         return daily_ic(score, label, day, self.num_days, mask)
 
 
-def ranks(values: Tensor, day: Tensor, num_days: int) -> Tensor:
+def ranks(values: Tensor, day: Tensor) -> Tensor:
     """Rank of each of `values [S]` within its day, starting at 1; ties get their mean rank."""
     order = torch.argsort(values, stable=True)
-    order = order[torch.argsort(day[order], stable=True)]
-    sorted_day, sorted_values = day[order], values[order]
+    sorted_day, by_day = torch.sort(day.index_select(0, order), stable=True)
+    order = order.index_select(0, by_day)
+    sorted_values = values.index_select(0, order)
     is_new_group = torch.ones_like(sorted_day, dtype=torch.bool)
     is_new_group[1:] = (sorted_day[1:] != sorted_day[:-1]) | (
         sorted_values[1:] != sorted_values[:-1]
     )
-    group = torch.cumsum(is_new_group, 0) - 1  # number of each group of equal values
-    position = torch.arange(len(values), dtype=torch.float64, device=values.device)
-    size = torch.zeros_like(position).index_add_(0, group, torch.ones_like(position))
-    total = torch.zeros_like(position).index_add_(0, group, position)
+    group = torch.cumsum(is_new_group, 0)  # number of each group of equal values
+    first = torch.searchsorted(group, group)
+    last = torch.searchsorted(group, group, right=True) - 1
     # Positions count across all days; a day starts at the number of samples of earlier days.
-    per_day = torch.zeros(num_days, dtype=torch.float64, device=values.device)
-    per_day.index_add_(0, day, torch.ones_like(position))
-    day_start = torch.cumsum(per_day, 0) - per_day
-    rank = (total / size)[group] - day_start[sorted_day] + 1.0
+    day_start = torch.searchsorted(sorted_day, sorted_day)
+    rank = (first + last).double() / 2 - day_start + 1.0
     return torch.empty_like(rank).index_copy_(0, order, rank)
 
 
-def _pearson(x: Tensor, y: Tensor, day: Tensor, count: Tensor) -> Tensor:
-    buckets = len(count)
-    safe_count = count.clamp_min(1.0)
-    mean_x, mean_y = _day_sum(x, day, buckets) / safe_count, _day_sum(y, day, buckets) / safe_count
-    dx, dy = x - mean_x[day], y - mean_y[day]
-    var_x, var_y = _day_sum(dx * dx, day, buckets), _day_sum(dy * dy, day, buckets)
-    is_constant_x = var_x <= safe_count * (_RELATIVE_SPREAD * mean_x).square()
-    is_constant_y = var_y <= safe_count * (_RELATIVE_SPREAD * mean_y).square()
-    out = _day_sum(dx * dy, day, buckets) / (var_x * var_y).sqrt()
-    return torch.where(is_constant_x | is_constant_y | (count < 2), torch.nan, out.clamp(-1.0, 1.0))
+class _Days:
+    """Sums over the samples of each day; `day [S]` is sorted.
+
+    The order of each sum is that of the samples. (`index_add_` on a GPU adds in any order, so that
+    the same training twice would have different metrics.)
+    """
+
+    def __init__(self, day: Tensor, num_days: int) -> None:
+        self.day = day
+        all_days = torch.arange(num_days + 1, device=day.device)
+        self._starts = torch.searchsorted(day, all_days)
+        self.count = self._starts.diff().double()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of `values [S]` of each day, `[num_days]`."""
+        # "unsafe" leaves out checks for which the host would wait.
+        return torch.segment_reduce(values, "sum", offsets=self._starts, unsafe=True, initial=0.0)
+
+    def of_samples(self, values: Tensor) -> Tensor:
+        """Return the value of each sample's day, `[S]`, for `values [num_days]`."""
+        return values.index_select(0, self.day)
 
 
-def _day_sum(values: Tensor, day: Tensor, buckets: int) -> Tensor:
-    return torch.zeros(buckets, dtype=values.dtype, device=values.device).index_add_(0, day, values)
+def _pearson(x: Tensor, y: Tensor, days: _Days) -> Tensor:
+    count = days.count.clamp_min(1.0)
+    mean_x, mean_y = days.sum(x) / count, days.sum(y) / count
+    dx, dy = x - days.of_samples(mean_x), y - days.of_samples(mean_y)
+    var_x, var_y = days.sum(dx * dx), days.sum(dy * dy)
+    is_constant_x = var_x <= count * (_RELATIVE_SPREAD * mean_x).square()
+    is_constant_y = var_y <= count * (_RELATIVE_SPREAD * mean_y).square()
+    out = days.sum(dx * dy) / (var_x * var_y).sqrt()
+    is_undefined = is_constant_x | is_constant_y | (days.count < 2)
+    return torch.where(is_undefined, torch.nan, out.clamp(-1.0, 1.0))

@@ -15,6 +15,7 @@ from torch import nn
 from qtorch.core.identity import digest
 from qtorch.core.runtime import seed_everything
 from qtorch.data.dataset.samples import Samples
+from qtorch.model.devices.numerics import numerical_settings
 from qtorch.model.devices.ranks import RanksStopped, check_devices, fit_on_ranks
 from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.checkpoint import (
@@ -52,7 +53,12 @@ def fit_network(
     trainings with other initial weights are not resumed. `tuning` says which parts of a fitted
     network are trained, `optimizer_state` is the state that its optimizer starts from.
     """
-    with preserve_generators(), quiet_lightning(), Interruption() as interruption:
+    with (
+        preserve_generators(),
+        quiet_lightning(),
+        numerical_settings(recipe.trainer, recipe.matmul_precision),
+        Interruption() as interruption,
+    ):
         check_devices(recipe, train)
         seed_everything(recipe.seed)
         network = make_network().train()  # a fitted network is in evaluation mode
@@ -90,7 +96,9 @@ def fit_network(
             checkpoint_callback = training.prepare(folder, identity, interruption, recorder)
             with _convert_interruption(folder, recorder, checkpoint_callback):
                 training.run(checkpoint)
-        return training.result(checkpoint)
+        result = training.result(checkpoint)
+        training.release_memory()
+        return result
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from qtorch.data.dataset.qlib_dataset import check_disjoint_days, get_samples
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import BaseLoss
 from qtorch.model.base import ModelFT
+from qtorch.model.devices.numerics import check_matmul_precision, numerical_settings
 from qtorch.model.finetune import (
     FineTuning,
     InitialWeights,
@@ -105,6 +106,9 @@ class LightningModel(ModelFT):
     batches.
     `inner_steps`: batches per Lightning training_step; the numbers do not depend on it.
     `compile`: True or the arguments of torch.compile.
+    `matmul_precision`: "highest", "high" or "medium" of torch.set_float32_matmul_precision, in fits
+    and predictions. On a GPU "high" computes matrix products and cuDNN's layers with TensorFloat-32
+    and "highest" neither of them. None leaves torch's settings unchanged.
     `init_from`: "run:RUN_ID" (in the current tracking store): `fit` starts from that run's weights
     wherever name and shape match. The run may have another architecture (GATs or HIST start from an
     LSTM or GRU, as in their papers). Features are matched by name, and tags record the source run.
@@ -135,6 +139,7 @@ class LightningModel(ModelFT):
         day_label: Mapping[str, Any] | None = None,
         inner_steps: int | Literal["auto"] = "auto",
         compile: bool | Mapping[str, Any] = False,
+        matmul_precision: str | None = None,
         init_from: str | None = None,
         allow_nonfinite: bool = False,
         seed: int | None = None,
@@ -148,6 +153,8 @@ class LightningModel(ModelFT):
         self.callbacks = component_list(callbacks)
         self.module, self.day_label = module, day_label
         self.inner_steps, self.compile, self.seed = inner_steps, compile, seed
+        check_matmul_precision(matmul_precision)
+        self.matmul_precision = matmul_precision
         check_initial_run(init_from)
         self.init_from, self.allow_nonfinite = init_from, allow_nonfinite
         # Fail now on a wrong name, not after loading data.
@@ -365,6 +372,7 @@ class LightningModel(ModelFT):
             inner_steps=self.inner_steps,
             compile=dict(self.compile) if isinstance(self.compile, Mapping) else self.compile,
             seed=seed,
+            matmul_precision=self.matmul_precision,
         )
 
     # -- scoring -------------------------------------------------------------------------------
@@ -383,17 +391,19 @@ class LightningModel(ModelFT):
         samples = get_samples(dataset, segment, data_key="infer")
         if self.input_schema_ is not None:
             samples = self.input_schema_.match_features(samples)
-        device = trainer_device(trainer_options(self.trainer, ()))
-        samples = get_module_class(self.module).prepare_prediction(
-            network, samples.to(device), partial(self._load_labeled_samples, dataset)
-        )
-        scores = score_series(
-            network,
-            samples,
-            device=device,
-            batch_size=evaluation_batch_size(self.batch, device),
-            readout=get_readout(build_loss(self.loss)),
-        )
+        options = trainer_options(self.trainer, ())
+        with numerical_settings(options, self.matmul_precision):
+            device = trainer_device(options)
+            samples = get_module_class(self.module).prepare_prediction(
+                network, samples.to(device), partial(self._load_labeled_samples, dataset)
+            )
+            scores = score_series(
+                network,
+                samples,
+                device=device,
+                batch_size=evaluation_batch_size(self.batch, device),
+                readout=get_readout(build_loss(self.loss)),
+            )
         if not self.allow_nonfinite:
             check_scores(scores)
         return scores

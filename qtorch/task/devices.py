@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -49,7 +50,10 @@ def device_environment(name: str) -> dict[str, str]:
 
 
 def visible_gpus() -> list[str]:
-    """List the GPUs that this process may use, from CUDA_VISIBLE_DEVICES or nvidia-smi."""
+    """List the GPUs that this process may use, from CUDA_VISIBLE_DEVICES or nvidia-smi.
+
+    A GPU that is divided (MIG) stands for its parts, by their UUIDs: CUDA ignores its number.
+    """
     variable = os.environ.get(VISIBLE_DEVICES)
     if variable is not None:
         return [name.strip() for name in variable.split(",") if name.strip() not in ("", "-1")]
@@ -58,7 +62,7 @@ def visible_gpus() -> list[str]:
         return []
     try:
         process = subprocess.run(
-            [tool, "--query-gpu=index", "--format=csv,noheader"],
+            [tool, "-L"],
             capture_output=True,
             text=True,
             timeout=NVIDIA_SMI_SECONDS,
@@ -66,4 +70,15 @@ def visible_gpus() -> list[str]:
         )
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return process.stdout.split() if process.returncode == 0 else []
+    return _parse_gpu_list(process.stdout) if process.returncode == 0 else []
+
+
+def _parse_gpu_list(text: str) -> list[str]:
+    """Return the names in the output of `nvidia-smi -L`: numbers, or UUIDs of parts of GPUs."""
+    gpus: list[list[str]] = []  # of each GPU its number, or its parts
+    for line in text.splitlines():
+        if match := re.match(r"GPU (\d+):", line):
+            gpus.append([match[1]])
+        elif match := re.match(r"\s+MIG .*UUID: (MIG-[^)\s]+)\)", line):
+            gpus[-1] = [*(name for name in gpus[-1] if not name.isdigit()), match[1]]
+    return [name for names in gpus for name in names]

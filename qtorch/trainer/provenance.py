@@ -204,8 +204,11 @@ def _device_info(model: Any) -> dict[str, Any]:
         info["device_name"] = torch.cuda.get_device_name(device)
         info["cuda"] = torch.version.cuda
     info["threads"] = torch.get_num_threads()
-    info["matmul_precision"] = torch.get_float32_matmul_precision()
-    info["deterministic"] = torch.are_deterministic_algorithms_enabled()
+    defaults = {
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    info |= {name: report.get(name, value) for name, value in defaults.items()}
     return info
 
 

@@ -43,7 +43,7 @@ def test_daily_ic_equals_scipy_with_ties_nan_and_ragged_days(
 def test_tied_values_share_their_mean_rank() -> None:
     values = torch.tensor([3.0, 1.0, 3.0, 5.0, 7.0])
     day = torch.tensor([0, 0, 0, 1, 0])
-    assert ranks(values, day, 2).tolist() == [2.5, 1.0, 2.5, 1.0, 4.0]
+    assert ranks(values, day).tolist() == [2.5, 1.0, 2.5, 1.0, 4.0]
 
 
 def test_constant_score_has_nan_ic_despite_rounding() -> None:

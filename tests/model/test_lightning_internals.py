@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import re
 import tomllib
+import weakref
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.loggers import MLFlowLogger
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.strategies import ModelParallelStrategy
@@ -44,6 +48,25 @@ def test_training_loop_has_the_private_parts() -> None:
     lightning_internals.count_optimizer_step(trainer)
     assert epoch_loop.manual_optimization.optim_step_progress.total.completed == 1
     assert ModelParallelStrategy()._data_parallel_size == "auto"
+
+
+def test_trainer_and_module_can_be_separated() -> None:
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, callbacks=[pl.Callback()],
+    )  # fmt: skip
+    module = BoringModel()
+    trainer.fit(module, torch.zeros(2, 32), torch.zeros(2, 32))
+    reference = weakref.ref(module)
+    gc.collect()
+    gc.disable()
+    try:
+        lightning_internals.detach_module(trainer, module)
+        assert module._trainer is None
+        del module
+        assert reference() is None, gc.get_referrers(reference())
+    finally:
+        gc.enable()
 
 
 def test_logging_has_the_private_parts(tmp_path: Path) -> None:

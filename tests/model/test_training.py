@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from toy_training import ToyDataset, ToyRecorder, fit_model, make_model, model_weights, same_weights
+from toy_training import (
+    NUM_FEATURES,
+    ToyDataset,
+    ToyRecorder,
+    fit_model,
+    make_model,
+    model_weights,
+    same_weights,
+)
+from user_networks import UserModule
 
 from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.batches import BatchLoader
 from qtorch.data.dataset.reweighter import Reweighter
+from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import MSE
 from qtorch.metrics.signal import calc_ic
 from qtorch.model.loop.module import ScoreModule
@@ -284,3 +296,36 @@ def test_last_weights_are_kept_without_a_valid_segment(dataset: ToyDataset) -> N
     assert "valid" not in model.evals_result_
     with pytest.raises(ConfigError, match="no segment 'valid'"):
         make_model(early_stop=3).fit(dataset_without_valid)
+
+
+@pytest.mark.parametrize(
+    ("network", "changes"),
+    [
+        ("MLP", {}),
+        (UserModule(NUM_FEATURES), {"monitor": "own_valid_loss"}),
+        (
+            {"_target_": "qtorch.nn.TRA", "hidden_size": 8},
+            {"module": {"_target_": "qtorch.model.TRAModule"}},
+        ),
+    ],
+    ids=["MLP", "LightningModule", "TRA"],
+)
+def test_a_fit_leaves_no_features_in_memory(network, changes) -> None:
+    packs, original_pack = [], Samples._pack
+
+    def recorded_pack(self, device):
+        pack = original_pack(self, device)
+        packs.append(weakref.ref(pack))
+        return pack
+
+    gc.collect()
+    gc.disable()  # reference counts alone must free the memory
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Samples, "_pack", recorded_pack)
+            models = [fit_model(ToyDataset(), network, **changes) for _ in range(2)]
+        assert len(packs) >= 4
+        assert not any(reference() for reference in packs)
+        assert all(model.network_ is not None for model in models)
+    finally:
+        gc.enable()

@@ -16,8 +16,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from qtorch.data.dataset.extras import Concepts
 from qtorch.data.dataset.samples import Samples, build_samples
 from qtorch.data.panel.columns import PanelColumns
+from qtorch.data.panel.elementwise import Affine, FillNaN
 from qtorch.data.panel.panel import Panel
 from qtorch.data.panel.view import View
 
@@ -30,7 +32,8 @@ class ToyDataset:
 
     30 instruments with missing rows. The label "label" is the raw label divided by its standard
     deviation, so that the two differ. With several labels, the second is the signal without noise,
-    and the others are its negative.
+    and the others are its negative. This share of the features, `missing`, is NaN and filled by
+    elementwise operations. With `concepts` each instrument belongs to one of five.
     """
 
     def __init__(
@@ -39,11 +42,14 @@ class ToyDataset:
         num_instruments: int = 30,
         step_len: int = 3,
         num_labels: int = 1,
+        num_features: int = NUM_FEATURES,
+        missing: float = 0.0,
+        concepts: bool = False,
     ) -> None:
         rng = np.random.default_rng(0)
         days = pd.date_range("2020-01-01", periods=num_days, name="datetime")
         names = pd.Index([f"S{k:03d}" for k in range(num_instruments)], name="instrument")
-        x = rng.normal(size=(num_days, num_instruments, NUM_FEATURES)).astype(np.float32)
+        x = rng.normal(size=(num_days, num_instruments, num_features)).astype(np.float32)
         previous_x = np.concatenate([x[:1], x[:-1]])
         signal = x[:, :, 0] - 0.5 * previous_x[:, :, 1]
         raw = 0.02 * (signal + rng.normal(size=signal.shape))
@@ -51,15 +57,20 @@ class ToyDataset:
         values = np.concatenate([x, np.stack([raw, *labels], 2)], axis=2)
         rows = torch.tensor(rng.random((num_days, num_instruments)) > 0.1)
         label_names = ["LABEL", *(f"LABEL{k}" for k in range(1, num_labels))]
-        fields = [*(f"F{k}" for k in range(NUM_FEATURES)), "RAW", *label_names]
+        values[:, :, :num_features][rng.random(x.shape) < missing] = np.nan
+        fields = [*(f"F{k}" for k in range(num_features)), "RAW", *label_names]
         panel = Panel(torch.tensor(values, dtype=torch.float32), days, names, fields)
+        features = PanelColumns(panel, fields[:num_features])
+        if missing:
+            for operation in (Affine(0.0, 1.0), FillNaN(0.0)):
+                features = features.with_elementwise(fields[:num_features], operation)
         columns = {
-            "feature": PanelColumns(panel, fields[:NUM_FEATURES]),
+            "feature": features,
             "label": PanelColumns(panel, label_names),
         }
         self.raw = PanelColumns(panel, ["RAW"])
         self.view = View(columns, rows, rows)
-        self.step_len = step_len
+        self.step_len, self.concepts = step_len, concepts
         boundaries = [int(num_days * fraction) for fraction in (0.6, 0.8)]
         self.segments = {
             "train": (days[0], days[boundaries[0] - 1]),
@@ -71,7 +82,7 @@ class ToyDataset:
         self, segment: str | slice, *, data_key: str = "infer", purge: bool = False
     ) -> Samples:
         dates = segment if isinstance(segment, slice) else slice(*self.segments[segment])
-        return build_samples(
+        samples = build_samples(
             self.view,
             start=dates.start,
             end=dates.stop,
@@ -79,6 +90,13 @@ class ToyDataset:
             step_len=self.step_len,
             learn=data_key == "learn",
         )
+        if self.concepts:
+            names = list(samples.instruments)
+            table = pd.DataFrame({"instrument": names})
+            table["concept"] = [f"C{k % 5}" for k in range(len(names))]
+            concepts = Concepts(table).bind(samples.calendar, samples.instruments)
+            samples.extras = {"concept": concepts}
+        return samples
 
 
 class ToyRecorder:

@@ -10,12 +10,19 @@ from qtorch.task.devices import assign_gpus, device_environment, device_names
 
 @pytest.fixture
 def gpus(tmp_path, monkeypatch):
-    """`gpus(3)` simulates a machine whose nvidia-smi lists three GPUs."""
+    """`gpus(3)` simulates a machine whose nvidia-smi lists three GPUs.
+
+    With `parts` the second GPU is divided.
+    """
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
-    def set_gpus(count: int, code: int = 0) -> None:
+    def set_gpus(count: int, code: int = 0, parts: int = 0) -> None:
         tool = tmp_path / "nvidia-smi"
-        lines = "".join(f"echo {k}\n" for k in range(count))
+        lines = ""
+        for k in range(count):
+            lines += f"echo 'GPU {k}: NVIDIA H100 (UUID: GPU-5c8{k})'\n"
+            for part in range(parts if k == 1 else 0):
+                lines += f"echo '  MIG 1g.10gb     Device  {part}: (UUID: MIG-1f{part})'\n"
         tool.write_text(f"#!/bin/sh\n{lines}exit {code}\n")
         tool.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path))
@@ -28,6 +35,8 @@ def test_automatic_detection_of_devices(gpus, monkeypatch):
     assert device_names() == ["cpu"]
     gpus(3)
     assert device_names() == device_names("auto") == ["0", "1", "2"]
+    gpus(3, parts=2)
+    assert device_names() == ["0", "MIG-1f0", "MIG-1f1", "2"]
     gpus(3, code=9)
     assert device_names() == ["cpu"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-1a")

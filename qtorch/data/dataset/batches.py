@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import ConfigError, unknown_name_message
-from qtorch.data.dataset.batch import Batch
+from qtorch.data.dataset.batch import Batch, send_to_device
 from qtorch.data.dataset.samples import Samples
 
 Order = Literal["random", "sequential", "day", "day_sequential"]
@@ -117,7 +117,9 @@ class BatchLoader:
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the epoch's batches from `start_step` on; the loader's state is unchanged."""
         order = self.epoch_order(epoch)
-        device_order = order if self.by_day else order.to(self.samples.index_device)
+        device_order = order
+        if not self.by_day:
+            device_order = send_to_device(order, self.samples.index_device)
         steps = range(start_step, len(self))
         batches = (self._batch(order, device_order, step) for step in steps)
         if self.samples.store != "host":

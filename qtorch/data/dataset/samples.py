@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qtorch.core.dates import as_stamp, last_instant
 from qtorch.core.errors import ConfigError, DataError, format_count, unknown_name_message
-from qtorch.data.dataset.batch import Batch
+from qtorch.data.dataset.batch import Batch, send_to_device
 from qtorch.data.dataset.extras import Extra, Gatherable
 from qtorch.data.dataset.reweighter import Reweighter, validate_weights
 from qtorch.data.panel.columns import COLUMNS_AT_ONCE, Columns, PanelColumns, column_parts
@@ -243,8 +243,8 @@ class Samples:
         is_sample = offsets < counts[:, None]
         padding = torch.nonzero(~is_sample.reshape(-1))[:, 0]
         rows = (self._day_starts[days][:, None] + offsets * is_sample).reshape(-1)
-        device = self.index_device
-        batch = self._gather(rows.to(device), padding.to(device)).unflatten(len(days), width)
+        indices = send_to_device(torch.cat((rows, padding)), self.index_device)
+        batch = self._gather(*indices.split((len(rows), len(padding)))).unflatten(len(days), width)
         batch.num_samples = num_samples
         return batch
 
@@ -309,6 +309,7 @@ class Samples:
                 target,
             )
         result._pack(storage_device)
+        result._get_table()  # here, because its first use would make a training step wait
         return result
 
     def send_to_device(self, batch: Batch) -> Batch:

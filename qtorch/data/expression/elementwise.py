@@ -39,7 +39,7 @@ def _accept_constants(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             left, right = right, left
         assert isinstance(left, Tensor), "the parser requires a series in every call"
         if not isinstance(right, Tensor):
-            right = left.new_tensor(right)
+            right = left.new_full((), right)  # a GPU would wait for `new_tensor`
         return function(left, right, out=out)
 
     return apply

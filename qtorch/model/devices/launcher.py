@@ -115,6 +115,11 @@ def plan_launch(num_local: int, num_nodes: int) -> Launch:
     )
 
 
+def is_launched() -> bool:
+    """Whether torchrun or srun has started the ranks, each with the GPUs that it may use."""
+    return WORLD_VARIABLE in os.environ
+
+
 def check_single_process() -> None:
     """Raise ConfigError if several processes were started for a fit on one device."""
     world_json = os.environ.get(WORLD_VARIABLE)

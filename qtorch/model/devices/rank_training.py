@@ -15,7 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ from qtorch.core.runtime import seed_everything
 from qtorch.core.session import Session, init
 from qtorch.data.dataset.samples import Samples
 from qtorch.data.dataset.shared_samples import read_samples, write_samples
+from qtorch.model.devices.numerics import numerical_settings
 from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.checkpoint import get_network, read_checkpoint, restore_generators
 from qtorch.model.loop.interruption import StopTraining
-from qtorch.model.loop.options import device_name, parse_devices
+from qtorch.model.loop.options import TrainerOptions, device_name, parse_devices
 from qtorch.model.loop.rank_group import RankInfo
 from qtorch.model.loop.training import Recipe, Training, quiet_lightning
 from qtorch.process.child import Parent
@@ -119,16 +120,22 @@ def train_rank(parent: Parent, folder: str, digest: str, rank: int, local_rank: 
     request, (train, valid) = read_request(Path(folder), digest)
     assert train is not None, "the train segment has samples"
     _forward_log(parent, request.log_level if rank == 0 else logging.ERROR)
-    rank_info = RankInfo(
-        rank=rank,
-        size=request.size,
-        local_rank=local_rank,
-        node_rank=rank // request.num_local,
-        address=request.address,
-        port=request.port,
-    )
-    device = _select_device(request, local_rank)
     recipe = request.recipe
+    with numerical_settings(recipe.trainer, recipe.matmul_precision):
+        device, rank_info, recipe.trainer = place_rank(request, rank, local_rank)
+        _train_share(parent, Path(folder), request, (train, valid), rank_info, device)
+
+
+def _train_share(
+    parent: Parent,
+    folder: Path,
+    request: RankRequest,
+    segments: tuple[Samples, Samples | None],
+    rank_info: RankInfo,
+    device: torch.device,
+) -> None:
+    """Train a rank's share on its device, and tell the parent how it ended."""
+    (train, valid), recipe, rank = segments, request.recipe, rank_info.rank
     training = Training(
         request.network,
         train.to(device),
@@ -143,7 +150,7 @@ def train_rank(parent: Parent, folder: str, digest: str, rank: int, local_rank: 
         recorder = ParentRecorder(parent, request.run_id, request.uri)
     seed_everything(recipe.seed)
     if rank == 0:
-        restore_generators({**request.generators, "cuda": []})
+        restore_generators(request.generators, torch.device("cpu"))
     else:
         training.ranks.seed(recipe.seed, "begin")
         warnings.simplefilter("ignore")  # the first rank shows them too
@@ -177,7 +184,7 @@ def train_rank(parent: Parent, folder: str, digest: str, rank: int, local_rank: 
             network, pl.LightningModule
         ):  # it refers to its trainer, which cannot be pickled
             fit_result.network = network.state_dict()  # type: ignore[assignment]  # the parent loads it into its module
-        with atomic_write(Path(folder) / RESULT) as path:
+        with atomic_write(folder / RESULT) as path:
             path.write_bytes(cloudpickle.dumps(fit_result))
     parent.send({"done": True})
 
@@ -204,14 +211,39 @@ class ErrorReporter(pl.Callback):
             self._parent.send({"error": serialize_error(exception)})
 
 
-def _select_device(request: RankRequest, local_rank: int) -> torch.device:
-    options = request.recipe.trainer
-    if device_name(options) == "cpu":
-        return torch.device("cpu")
-    devices = parse_devices(options.arguments)
-    device = torch.device("cuda", devices[local_rank] if isinstance(devices, list) else local_rank)
-    torch.cuda.set_device(device)
-    return device
+def place_rank(
+    request: RankRequest, rank: int, local_rank: int
+) -> tuple[torch.device, RankInfo, TrainerOptions]:
+    """Return a rank's device, its place among the ranks, and the trainer options for it.
+
+    A launcher may let each rank see one GPU only, its own (srun --gpus-per-task=1). Each such rank
+    then counts as a node with one device. Raises ConfigError if the rank's GPU is not there.
+    """
+    options, num_local = request.recipe.trainer, request.num_local
+    device = torch.device("cpu")
+    if device_name(options) != "cpu":
+        devices, num_visible = parse_devices(options.arguments), torch.cuda.device_count()
+        index = devices[local_rank] if isinstance(devices, list) else local_rank
+        if num_visible == 1 and num_local > 1:
+            index, local_rank, num_local = 0, 0, 1
+            places = {"devices": 1, "num_nodes": request.size}
+            options = replace(options, arguments={**options.arguments, **places})
+        if index >= num_visible:
+            raise ConfigError(
+                f"rank {rank} trains on GPU {index} of its node, but sees {num_visible} GPUs: "
+                "check trainer.devices and the GPUs that the launcher gives to each task."
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    rank_info = RankInfo(
+        rank=rank,
+        size=request.size,
+        local_rank=local_rank,
+        node_rank=rank // num_local,
+        address=request.address,
+        port=request.port,
+    )
+    return device, rank_info, options
 
 
 def _forward_log(parent: Parent, level: int) -> None:

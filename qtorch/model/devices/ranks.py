@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
 import pickle
 import shutil
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,12 +24,18 @@ from qtorch.core.errors import ConfigError, QtorchError
 from qtorch.core.session import session
 from qtorch.data.dataset.batches import check_size
 from qtorch.data.dataset.samples import Samples
-from qtorch.model.devices.launcher import Launch, check_single_process, plan_launch
+from qtorch.model.devices.launcher import (
+    Launch,
+    check_single_process,
+    is_launched,
+    plan_launch,
+)
 from qtorch.model.devices.rank_process import RankHandle, start_rank
 from qtorch.model.devices.rank_training import RESULT, RankRequest
 from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.checkpoint import get_generator_states
 from qtorch.model.loop.factories import build_factory
+from qtorch.model.loop.options import TrainerOptions, device_name, parse_devices
 from qtorch.model.loop.training import FitResult, Recipe
 from qtorch.process.heartbeat import beat
 from qtorch.process.stops import StopRequest
@@ -98,7 +106,7 @@ def fit_on_ranks(
             recipe=recipe,
             tuning=tuning,
             optimizer_state=optimizer_state,
-            generators=get_generator_states(),
+            generators=get_generator_states(torch.device("cpu")),
             identity=identity,
             folder=None if folder is None else str(folder.absolute()),
             checkpoint=None if checkpoint is None else str(checkpoint.absolute()),
@@ -304,6 +312,7 @@ def check_devices(recipe: Recipe, train: Samples) -> None:
     if size == 1:
         check_single_process()
         return
+    check_visible_gpus(options)
     check_size(recipe.batch["order"], recipe.batch["size"], recipe.batch["days_per_batch"], size)
     if len(train) < size:
         raise ConfigError(f"{len(train)} training samples are too few for {size} devices.")
@@ -315,6 +324,21 @@ def check_devices(recipe: Recipe, train: Samples) -> None:
             "several nodes exchange files in the checkpoint folder: keep checkpoints enabled "
             "(checkpoint.enabled), in a folder that all nodes can access (checkpoint.dir)."
         )
+
+
+def check_visible_gpus(options: TrainerOptions) -> None:
+    """Raise ConfigError if a fit that starts its ranks here needs more GPUs than there are."""
+    if device_name(options) == "cpu" or is_launched():
+        return
+    devices, num_visible = parse_devices(options.arguments), torch.cuda.device_count()
+    if (devices if isinstance(devices, int) else max(devices) + 1) <= num_visible:
+        return
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+    reason = "" if variable is None else f" (CUDA_VISIBLE_DEVICES={variable})"
+    raise ConfigError(
+        f"trainer.devices is {options.arguments['devices']!r}, but this process sees "
+        f"{num_visible} GPUs{reason}: use fewer devices, or make more of them visible."
+    )
 
 
 def _check_batch_sharing(factory: Callable[..., Any], size: int) -> None:

@@ -215,31 +215,31 @@ def find_resume_checkpoint(
     return None
 
 
-def get_generator_states(*, every_device: bool = True) -> dict[str, Any]:
+def get_generator_states(device: torch.device | None = None) -> dict[str, Any]:
     """Return the states of torch (CPU and CUDA), numpy and Python as tensors and plain values.
 
-    Plain values let a checkpoint load without running any code. With `every_device=False` only the
-    current CUDA device is included: asking the others would initialize them.
+    Plain values let a checkpoint load without running any code. Of the CUDA devices only `device`
+    is included, none if it is the CPU, and all of them if it is None.
     """
     numpy_state: Any = np.random.get_state()  # noqa: NPY002 - other libraries use the global generator
     name, keys, position, has_gauss, gauss = numpy_state
     version, numbers, next_gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": _cuda_states(every_device),
+        "cuda": _cuda_states(device),
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
         "python": [version, torch.tensor(numbers), next_gauss],
     }
 
 
-def restore_generators(states: dict[str, Any]) -> None:
-    """Restore the states that `get_generator_states` returned."""
+def restore_generators(states: dict[str, Any], device: torch.device | None = None) -> None:
+    """Restore the states that `get_generator_states` returned.
+
+    Those of a single CUDA device are restored on `device`, whose number may differ. A warning tells
+    if there are none for it.
+    """
     torch.set_rng_state(states["torch"].cpu())
-    cuda = [s.cpu() for s in states["cuda"]] if torch.cuda.is_available() else []
-    if len(cuda) == 1:
-        torch.cuda.set_rng_state(cuda[0])
-    elif len(cuda) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(cuda)
+    _restore_cuda_states([s.cpu() for s in states["cuda"]], device)
     name, keys, position, has_gauss, gauss = states["numpy"]
     state = (name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss)
     np.random.set_state(state)  # noqa: NPY002 - as above
@@ -247,10 +247,30 @@ def restore_generators(states: dict[str, Any]) -> None:
     random.setstate((version, tuple(numbers.tolist()), next_gauss))
 
 
-def _cuda_states(every_device: bool) -> list[torch.Tensor]:
-    if not torch.cuda.is_available():
+def _cuda_states(device: torch.device | None) -> list[torch.Tensor]:
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         return []
-    return torch.cuda.get_rng_state_all() if every_device else [torch.cuda.get_rng_state()]
+    # Asking other devices for their state would initialize them.
+    return torch.cuda.get_rng_state_all() if device is None else [torch.cuda.get_rng_state(device)]
+
+
+def _restore_cuda_states(states: list[torch.Tensor], device: torch.device | None) -> None:
+    if device is None:
+        if states and len(states) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(states)
+        return
+    if device.type != "cuda":
+        return
+    number = 0 if len(states) == 1 else device.index or 0  # older checkpoints hold all devices
+    if number < len(states):
+        torch.cuda.set_rng_state(states[number], device)
+    else:
+        log.warning(
+            "the checkpoint holds the random generators of %d GPUs, not that of %s: random draws "
+            "(dropout) differ from those of an uninterrupted training.",
+            len(states),
+            device,
+        )
 
 
 @contextmanager
@@ -283,7 +303,7 @@ class RankStates:
             accumulator: Any = module.accumulator.sums().cpu()
         else:
             accumulator = epoch_state(module)
-        states = get_generator_states(every_device=ranks.size == 1)
+        states = get_generator_states(module.device)
         rank_states = ranks.gather((states, accumulator))
         parts = [g for g, _ in rank_states], [t for _, t in rank_states]
         return cls(*parts, threads=torch.get_num_threads())
@@ -316,7 +336,7 @@ class RankStates:
         num_saved_ranks = len(self.generators)
         if num_saved_ranks == ranks.size:
             self._warn_thread_change(module.device)
-            restore_generators(self.generators[ranks.rank])
+            restore_generators(self.generators[ranks.rank], module.device)
             state = self.accumulators[ranks.rank]
         else:
             log.warning(
@@ -425,6 +445,9 @@ class CheckpointCallback(Checkpoint):
             logger.save()  # what Lightning has sent at the end of the last epoch
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            # What the device has not computed yet belongs to the training time.
+            torch.cuda.synchronize(pl_module.device)
         self._valid_start_time = time.perf_counter()
         self._metrics_before_validation = dict(trainer.callback_metrics)
         # Each rank has batch norm statistics of its own. Validate what is saved: the first rank's.

@@ -66,6 +66,30 @@ def shard_over_all_ranks(strategy: ModelParallelStrategy) -> None:
 # -- loggers and logged metrics ------------------------------------------------------------------
 
 
+def detach_module(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Separate a module from the trainer that has trained it.
+
+    Trainer, loops and callbacks refer to each other, so that they and what they hold stay in memory
+    until the garbage collector runs.
+    """
+    training: Any = trainer.fit_loop
+    loops: list[Any] = [training, training.epoch_loop.val_loop]
+    loops += [trainer.validate_loop, trainer.test_loop, trainer.predict_loop]
+    for loop in loops:
+        source = getattr(loop, "_data_source", None)
+        if source is not None:
+            source.instance = None
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # a list, in spite of its annotation
+        for name in ("log", "log_dict"):  # bound methods of the module
+            vars(callback).pop(name, None)
+    trainer._data_connector._datahook_selector = None
+    trainer.strategy._lightning_module = trainer.strategy._model = None
+    module.trainer = None
+    for optimizer in trainer.optimizers:
+        optimizer.state.clear()
+    trainer.optimizers = []
+
+
 def mlflow_target(logger: MLFlowLogger) -> tuple[str | None, str]:
     """Return the run ID, if one is set, and the tracking URI of Lightning's MLflow logger.
 
@@ -141,7 +165,7 @@ def epoch_state(module: pl.LightningModule) -> dict[str, Any]:
         },
         "seen": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
         "metrics": {
-            name: [_move_tensors(m.metric_state, "cpu"), m.update_count]
+            name: [move_tensors(m.metric_state, "cpu"), m.update_count]
             for name, m in module.named_modules()
             if isinstance(m, Metric) and id(m) not in logged_metric_ids
         },
@@ -154,9 +178,9 @@ def restore_epoch_state(module: pl.LightningModule, state: dict[str, Any]) -> No
     for name, (values, count) in state["metrics"].items():
         metric: Any = module.get_submodule(name)
         for key, value in values.items():
-            setattr(metric, key, _move_tensors(value, device))
+            setattr(metric, key, move_tensors(value, device))
         metric._update_count, metric._computed = count, None
-    trainer.callback_metrics.update(_move_tensors(state["seen"], device))
+    trainer.callback_metrics.update(move_tensors(state["seen"], device))
     for key, result_state in state["results"].items():
         trainer.fit_loop.epoch_loop._results[key] = _deserialize_result(module, result_state)
     if state["results"]:
@@ -179,10 +203,10 @@ def _serialize_result(result: _ResultMetric) -> dict[str, Any]:
         "sync": [meta.sync.should, meta.sync.rank_zero_only],
         "is_tensor": result.is_tensor,
         "count": result._update_count,
-        "newest": _move_tensors(result._forward_cache, "cpu"),
+        "newest": move_tensors(result._forward_cache, "cpu"),
     }
     if result.is_tensor:
-        state["states"] = _move_tensors(result.metric_state, "cpu")
+        state["states"] = move_tensors(result.metric_state, "cpu")
     return state
 
 
@@ -196,18 +220,18 @@ def _deserialize_result(module: pl.LightningModule, state: dict[str, Any]) -> _R
     result: Any = _ResultMetric(meta, state["is_tensor"])
     if state["is_tensor"]:
         for key, value in state["states"].items():
-            setattr(result, key, _move_tensors(value, module.device))
+            setattr(result, key, move_tensors(value, module.device))
     else:
         result.value = module.get_submodule(state["meta"]["metric_attribute"])
     result._update_count = state["count"]
-    result._forward_cache = _move_tensors(state["newest"], module.device)
+    result._forward_cache = move_tensors(state["newest"], module.device)
     return result.to(module.device)  # type: ignore[no-any-return]  # returns itself
 
 
-def _move_tensors(state: Any, device: torch.device | str) -> Any:
+def move_tensors(state: Any, device: torch.device | str) -> Any:
     """Return a nested state with its tensors detached and on a device."""
     if isinstance(state, Tensor):
         return state.detach().to(device)
     if isinstance(state, dict):
-        return {k: _move_tensors(v, device) for k, v in state.items()}
-    return [_move_tensors(v, device) for v in state] if isinstance(state, list) else state
+        return {k: move_tensors(v, device) for k, v in state.items()}
+    return [move_tensors(v, device) for v in state] if isinstance(state, list) else state

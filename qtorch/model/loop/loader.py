@@ -121,6 +121,10 @@ class StepLoader:
             else:
                 yield StepBatches(self, batches, end)
 
+    def release_samples(self) -> None:
+        """Drop the samples after training: Lightning's objects hold this loader for longer."""
+        del self.source
+
     def _start(self, epoch: int) -> tuple[int, int]:
         state, self._resume = self._resume, None
         if state is None or state["epoch"] != epoch or state["position"] >= self.num_batches:

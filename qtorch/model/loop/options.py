@@ -44,6 +44,7 @@ from qtorch.model.loop.rank_group import RankEnvironment, RankInfo
 
 DEFAULT_MAX_EPOCHS = 100
 DEFAULT_INNER_STEPS = 16
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 FORKING_STRATEGIES = ("spawn", "fork", "notebook")
 # A callback with these hooks sees each batch only if a training step has a single batch.
 BATCH_HOOKS = (
@@ -203,6 +204,12 @@ def _check_devices(arguments: Mapping[str, Any]) -> None:
     if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
         raise ConfigError(f"trainer.num_nodes is {num_nodes!r}; expected an integer of at least 1.")
     parse_devices(arguments)
+    accelerator = arguments.get("accelerator")
+    if isinstance(accelerator, str) and accelerator not in ACCELERATORS:
+        reason = " (it has no float64, in which losses are summed)" if accelerator == "mps" else ""
+        raise ConfigError(
+            f"{unknown_name_message('trainer.accelerator', accelerator, ACCELERATORS)}{reason}"
+        )
 
 
 def parse_devices(arguments: Mapping[str, Any]) -> int | list[int]:

@@ -16,7 +16,7 @@ from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.batches import BatchLoader
 from qtorch.data.dataset.samples import Samples
-from qtorch.metrics.loss import BaseLoss
+from qtorch.metrics.loss import BaseLoss, Combined
 from qtorch.model.base import SCORE
 from qtorch.process.heartbeat import beat
 
@@ -43,12 +43,13 @@ def score_series(
         device_samples,
         batch_size=batch_size,
         order="day_sequential" if by_day else "sequential",
-        days_per_batch=max(1, batch_size * device_samples.num_days // max(1, len(device_samples))),
+        days_per_batch=days_of_size(device_samples, batch_size),
     )
     module = network if isinstance(network, pl.LightningModule) else None
     forward = ForwardAdapter(network)
     with torch.inference_mode(), evaluation_mode(network, device):
-        parts, masks = [], []
+        parts: list[Tensor] = []
+        masks: list[Tensor] = []
         for batch_idx, batch in enumerate(loader):
             beat("scoring")
             score = forward(batch) if module is None else module.predict_step(batch, batch_idx)
@@ -56,9 +57,11 @@ def score_series(
             if score.dim() > batch.date.dim():
                 score = score[..., 0] if readout is None else readout(score)
             parts.append(score.flatten())
-            mask = torch.ones_like(score, dtype=torch.bool) if batch.mask is None else batch.mask
-            masks.append(mask.flatten())
-        scores = torch.cat(parts)[torch.cat(masks)].float().cpu() if parts else torch.zeros(0)
+            if batch.mask is not None:
+                masks.append(batch.mask.flatten())
+        scores = torch.cat(parts).float().cpu() if parts else torch.zeros(0)
+        if masks:  # all batches have one, or none has
+            scores = scores[torch.cat(masks).cpu()]
     return pd.Series(scores.numpy(), index=samples.index, name=SCORE)
 
 
@@ -145,6 +148,27 @@ def evaluation_batch_size(batch: Mapping[str, Any], device: torch.device) -> int
         return int(batch["eval_size"])
     size = int(batch["size"])
     return size if device.type == "cpu" else max(MIN_GPU_BATCH_SIZE, size)
+
+
+def days_of_size(samples: Samples, batch_size: int) -> int:
+    """Return the number of whole days (at least one) that have about `batch_size` samples."""
+    return max(1, batch_size * samples.num_days // max(1, len(samples)))
+
+
+def evaluation_days(
+    batch: Mapping[str, Any], loss: Any, samples: Samples, device: torch.device
+) -> int:
+    """Return the number of days of a validation batch.
+
+    As many as `evaluation_batch_size` allows if `eval_size` is set or on a GPU. Otherwise it is
+    `days_per_batch` as in training, also for a loss whose mean may depend on the bounds of batches:
+    a combined one, and one that is not a `BaseLoss`.
+    """
+    days = int(batch["days_per_batch"])
+    may_depend_on_bounds = isinstance(loss, Combined) or not isinstance(loss, BaseLoss)
+    if may_depend_on_bounds or (batch["eval_size"] is None and device.type == "cpu"):
+        return days
+    return max(days, days_of_size(samples, evaluation_batch_size(batch, device)))
 
 
 @contextmanager

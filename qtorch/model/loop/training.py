@@ -25,6 +25,7 @@ from qtorch.core.identity import digest
 from qtorch.data.dataset.batches import BatchLoader, BlockLoader, ShardedLoader
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import BaseLoss, Combined
+from qtorch.model.devices.numerics import describe_numerics
 from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.callbacks import pruning_callbacks
 from qtorch.model.loop.checkpoint import CALLBACK_STATE_KEY, CheckpointCallback, get_network
@@ -37,7 +38,11 @@ from qtorch.model.loop.factories import (
     explain_errors,
     group_parameters,
 )
-from qtorch.model.loop.lightning_internals import skip_sigterm_broadcast
+from qtorch.model.loop.lightning_internals import (
+    detach_module,
+    move_tensors,
+    skip_sigterm_broadcast,
+)
 from qtorch.model.loop.loader import StepLoader
 from qtorch.model.loop.loggers import RecorderLogger
 from qtorch.model.loop.module import ScoreModule, never_stop
@@ -59,7 +64,7 @@ from qtorch.model.loop.schedules import (
     complete_plan,
     scheduler_plan,
 )
-from qtorch.model.loop.scoring import evaluation_batch_size
+from qtorch.model.loop.scoring import evaluation_batch_size, evaluation_days
 from qtorch.model.loop.sharding import gather_weights, is_sharded
 from qtorch.model.loop.user_module import UserModuleRescaler
 from qtorch.process.stops import StopRequest
@@ -97,6 +102,7 @@ class Recipe:
     inner_steps: int | str
     compile: bool | dict[str, Any]
     seed: int
+    matmul_precision: str | None = None
 
 
 @dataclass
@@ -138,6 +144,7 @@ class Training:
         self.recipe, self.train, self.valid = recipe, train, valid
         self.tuning, self.optimizer_state = tuning, optimizer_state
         self.is_user_module = isinstance(network, pl.LightningModule)
+        self.loaders: list[StepLoader] = []
         self.num_parameters = sum(p.numel() for p in network.parameters())
         self.network = network
         # An unsharded copy that receives the gathered weights at the end.
@@ -302,12 +309,16 @@ class Training:
         order = batch["order"]
         if not training:
             order = "day_sequential" if order.startswith("day") else "sequential"
-        eval_size = evaluation_batch_size(batch, samples.device)
+        size, days_per_batch = batch["size"], batch["days_per_batch"]
+        if not training:
+            loss = getattr(self.module, "loss", None)
+            size = evaluation_batch_size(batch, samples.device)
+            days_per_batch = evaluation_days(batch, loss, samples, samples.device)
         loader_arguments: dict[str, Any] = {
-            "batch_size": batch["size"] if training else eval_size,
+            "batch_size": size,
             "order": order,
             "seed": self.recipe.seed,
-            "days_per_batch": batch["days_per_batch"],
+            "days_per_batch": days_per_batch,
             "min_tail": self._min_tail() if training else 1,
         }
         if self.rank_info is None:
@@ -319,7 +330,7 @@ class Training:
             raise ConfigError(
                 f"limit_train_batches={limit} leaves none of the {len(source)} batches."
             )
-        return StepLoader(
+        loader = StepLoader(
             source,
             lambda: self.trainer.current_epoch,
             inner_steps=resolve_inner_steps(self.recipe.inner_steps, options, num_batches),
@@ -328,6 +339,8 @@ class Training:
             yield_batches=self.is_user_module,
             same_batches=options.overfits_batches,
         )
+        self.loaders.append(loader)
+        return loader
 
     def _count_batches(self, source: BatchLoader, training: bool) -> int:
         """Return the number of batches of an epoch, without a smaller last one if it is dropped."""
@@ -407,7 +420,22 @@ class Training:
             network._compiled_call_impl = None  # a compiled call cannot be saved
         report = self._build_report(member, None if checkpoint is None else checkpoint[0])
         names = self.checkpoint_callback.validation_names
-        return FitResult(network, member.history, report, member.best_optimizer, names)
+        optimizer_state = move_tensors(member.best_optimizer, "cpu")
+        return FitResult(network, member.history, report, optimizer_state, names)
+
+    def release_memory(self) -> None:
+        """Drop samples, module and optimizer states, so that the device's memory is free again.
+
+        Lightning's objects refer to each other. Without this, what they hold stays in memory until
+        the garbage collector runs. A LightningModule of the user's keeps its trainer.
+        """
+        for loader in self.loaders:
+            loader.release_samples()
+        if not self.is_user_module:
+            detach_module(self.trainer, self.module)
+            self.module.__dict__.pop("weight_update", None)
+        self.checkpoint_callback.members = []
+        self.__dict__.clear()
 
     def _warn_nan_monitor(self, member: FitProgress) -> None:
         monitor = self.checkpoint_callback.monitor
@@ -434,6 +462,8 @@ class Training:
             "parameters": self.num_parameters,
             "device": str(self.train.device),
             "devices": self.ranks.size,
+            "store": self.train.store,
+            **describe_numerics(self.train.device),
             "inner_steps": self.loader.inner_steps,
             "seed": self.recipe.seed,
             "resumed_from": None if resumed_from is None else str(resumed_from),
@@ -505,7 +535,11 @@ def training_identity(
         "start": start,
         **{
             name: _describe_spec(value)
-            for name, value in (("module", recipe.module), ("day_label", recipe.day_label))
+            for name, value in (
+                ("module", recipe.module),
+                ("day_label", recipe.day_label),
+                ("matmul_precision", recipe.matmul_precision),
+            )
             if value is not None
         },
     }

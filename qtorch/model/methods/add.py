@@ -94,15 +94,16 @@ def market_states(train: Samples) -> Tensor:
     """
     if train.raw_label is None:
         raise DataError("ADD derives the market state from raw labels, but the samples have none.")
-    label = train.raw_label[:, 0].double()
+    # On the CPU, where the order of the sums is always the same.
+    label, date = train.raw_label[:, 0].double().cpu(), train.date.cpu()
     has_label = ~label.isnan()
     zeros = label.new_zeros(len(train.calendar))
-    total = zeros.index_add(0, train.date, label.nan_to_num())
-    count = zeros.index_add(0, train.date, has_label.double())
+    total = zeros.index_add(0, date, label.nan_to_num())
+    count = zeros.index_add(0, date, has_label.double())
     mean = total / count  # NaN for a day without labels
     quantiles = torch.arange(1, NUM_MARKET_STATES).to(mean) / NUM_MARKET_STATES
     state = torch.bucketize(mean, torch.nanquantile(mean, quantiles))
-    return state.masked_fill(count == 0, UNKNOWN)
+    return state.masked_fill(count == 0, UNKNOWN).to(train.date.device)
 
 
 def market_loss(logits: Tensor, market: Tensor) -> Tensor:

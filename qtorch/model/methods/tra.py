@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,8 @@ class TRAModule(ScoreModule):
             past = None
             log.warning("TRA predicts without past errors: %s", error)
         if past is not None and past.target is not None:
-            memory.record_errors(network, past.to(samples.device))
+            past = past.to(samples.device)
+            memory.record_errors(network, past, memory.places(past))
         samples.extras = {**samples.extras, "errors": memory}
         return samples
 
@@ -102,6 +103,8 @@ class TRAModule(ScoreModule):
         self.register_buffer("errors", self.memory.values)
         if valid is not None:
             self.valid_memory = ErrorMemory(network, valid)
+            self._valid_places = [self.valid_memory.places(samples) for samples in (train, valid)]
+        self._train_places = self.memory.places(train)
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -109,14 +112,14 @@ class TRAModule(ScoreModule):
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        self.memory.record_errors(self.network, self._train)
+        self.memory.record_errors(self.network, self._train, self._train_places)
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         assert self._valid is not None, "validation needs a valid segment"
         # The lookback of the first valid days reaches into the train segment.
-        self.valid_memory.record_errors(self.network, self._train)
-        self.valid_memory.record_errors(self.network, self._valid)
+        for samples, places in zip((self._train, self._valid), self._valid_places, strict=True):
+            self.valid_memory.record_errors(self.network, samples, places)
 
     def loss_sums(self, batch: Batch, state: Any = None, *, complete: bool = False) -> Any:
         """As in ScoreModule, with the past errors that the valid samples may use."""
@@ -151,6 +154,18 @@ class TRAModule(ScoreModule):
 def _add_past_errors(batch: Batch, memory: ErrorMemory) -> Batch:
     errors = memory.gather(batch.date, batch.instrument)
     return replace(batch, extra={**batch.extra, "errors": errors})
+
+
+class Places(NamedTuple):
+    """Where the errors of samples are stored.
+
+    `days [D]` and `columns [N]` are the row and the column of the samples' dates and instruments,
+    `rows` int64 the numbers of the samples whose date the memory covers.
+    """
+
+    days: Tensor
+    columns: Tensor
+    rows: Tensor
 
 
 class ErrorMemory(Gatherable):
@@ -188,9 +203,8 @@ class ErrorMemory(Gatherable):
         row = torch.where(has_label, date - self.start, self.end - self.start)
         self.values[row, instrument] = torch.where(has_label[:, None], errors, 0.0)
 
-    @torch.no_grad()
-    def record_errors(self, network: nn.Module, samples: Samples) -> None:
-        """Store the errors of a TRA, or of a LoRA of one, on samples.
+    def places(self, samples: Samples) -> Places:
+        """Return where the errors of samples are stored. Waits for the device.
 
         The samples may have another calendar and other instruments.
         """
@@ -201,6 +215,16 @@ class ErrorMemory(Gatherable):
         date = days[samples.date.to(device)]
         is_covered = (date >= self.start) & (date < self.end)
         rows = torch.nonzero(is_covered)[:, 0].to(samples.index_device)
+        return Places(days, columns, rows)
+
+    @torch.no_grad()
+    def record_errors(self, network: nn.Module, samples: Samples, places: Places) -> None:
+        """Store the errors of a TRA, or of a LoRA of one, on samples.
+
+        `places` is the result of `places(samples)`, which a training computes only once.
+        """
+        days, columns, rows = places
+        device = self.values.device
         with evaluation_mode(network, device), use_effective_weights(network) as tra:
             assert isinstance(tra, TRA), "fit and predict have checked the network"
             for chunk in torch.split(rows, CHUNK_SIZE):

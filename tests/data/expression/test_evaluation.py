@@ -238,6 +238,7 @@ def test_gpu_results_equal_cpu_results():
     for k, text in enumerate(texts):
         x, y = cpu.values[:, :, k], gpu.values[:, :, k].cpu()
         scale = x[x.isfinite()].std() if x.isfinite().any() else torch.tensor(0.0)
-        is_close = (x - y).abs() <= 1e-4 * x.abs() + 1e-6 * scale
+        # The logarithm of a GPU rounds otherwise, which is more in a slope of logarithms.
+        is_close = (x - y).abs() <= 1e-4 * x.abs() + 1e-5 * scale
         is_equal = (x == y) | (x.isnan() & y.isnan()) | is_close
         assert is_equal.float().mean() >= 0.999, text

@@ -1,0 +1,145 @@
+"""Every network trains and scores on a pretended GPU, and no step waits for the device."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "gpu.md"
+
+STEPS = ("train", "valid", "predict")  # stages of single batches
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pretended_gpu")]
+
+
+def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python program, in which the device can be pretended before torch is imported."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the library of the pretended GPU")
+    if torch.version.cuda is not None:
+        pytest.skip("this build of torch has CUDA: run the tests marked gpu on a real one")
+    folders = [str(ROOT), str(ROOT / "tests" / "gpu"), os.environ.get("PYTHONPATH")]
+    path = os.pathsep.join(filter(None, folders))
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
+        timeout=600, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The stages of every network's training and prediction, by one process."""
+    path = tmp_path_factory.mktemp("gpu") / "report.json"
+    process = run_program("tests/gpu/network_stages.py", str(path))
+    assert process.returncode == 0, process.stderr[-3000:]
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def table_rows(heading: str) -> list[list[str]]:
+    """Return the cells of the first table below a heading of docs/gpu.md, without its head."""
+    section = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+LAUNCHES = {
+    name: [int(number) for number in numbers] for name, *numbers in table_rows("Launches of a step")
+}
+NETWORKS = sorted(
+    {path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")}
+    - {"lightning", "lightgbm", "linear"}
+)
+
+
+def is_step(stage: str) -> bool:
+    return stage.removesuffix(" in the first epoch") in STEPS
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_neither_waits_for_the_device_nor_keeps_its_memory(
+    name: str, report: dict[str, Any]
+) -> None:
+    assert "error" not in report[name], report[name]["error"]
+    assert report[name]["tensors"] == 0, "a fit or a prediction leaves tensors on the device"
+    stages = report[name]["stages"]
+    waits = {stage: c["waits"] for stage, c in stages.items() if is_step(stage)}
+    assert not any(waits.values()), waits
+    assert {"train", "train in the first epoch", "valid", "predict"} <= set(waits)
+    launches = [-(-stages[s]["kernels"] // stages[s]["calls"]) for s in STEPS]
+    recorded = LAUNCHES[name]
+    assert recorded[0] == 0
+    for stage, number, limit in zip(STEPS, launches, recorded[1:], strict=True):
+        # A little room, because torch's versions divide some operations differently.
+        assert 0.8 * limit - 5 <= number <= 1.05 * limit + 3, (
+            f"a {stage} step starts {number} kernels, docs/gpu.md has {limit}"
+        )
+
+
+def test_every_wait_outside_of_the_steps_is_listed_with_its_reason(report: dict[str, Any]) -> None:
+    rows = table_rows("Waits outside of the steps")
+    assert all(len(row) == 4 and all(row) for row in rows)
+    listed = {(occasion, function.strip("`")) for occasion, _, function, _ in rows}
+    occasions = {"around the epochs": "each fit", "around predict": "each prediction"}
+    waits = {
+        (occasions.get(stage, "each epoch"), wait.partition(" @ ")[2])
+        for result in report.values()
+        for stage, counts in result["stages"].items()
+        if not is_step(stage)
+        for wait in counts["waits"]
+    }
+    assert waits == listed
+
+
+GPU_TESTS = [
+    "tests/data/dataset/test_samples.py",
+    "tests/data/expression/test_evaluation.py",
+    "tests/metrics/test_ic.py",
+    "tests/model/test_cuda.py",
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[ElementTree.Element]]:
+    """The results of the tests marked gpu on the pretended device, by file."""
+    path = tmp_path_factory.mktemp("gpu") / "results.xml"
+    process = run_program(
+        *["-m", "pytest", "-p", "pretended_plugin", "-p", "no:cacheprovider", "-m", "gpu", "-q"],
+        *[f"--junit-xml={path}", "-o", "junit_family=xunit1", *GPU_TESTS],
+    )
+    assert process.returncode in (0, 1), process.stdout[-3000:] + process.stderr[-3000:]
+    by_file: dict[str, list[ElementTree.Element]] = {}
+    for case in ElementTree.parse(path).iter("testcase"):
+        by_file.setdefault(case.get("file", ""), []).append(case)
+    return by_file
+
+
+@pytest.mark.parametrize("path", GPU_TESTS)
+def test_gpu_tests_pass_on_the_pretended_device(path: str, results: Any) -> None:
+    assert results[path]
+    problems = {
+        case.get("name"): "".join(child.text or "" for child in case if child.tag != "system-out")
+        for case in results[path]
+        if any(child.tag in ("failure", "error", "skipped") for child in case)
+    }
+    assert not problems, "\n".join(f"{name}:\n{text[-2000:]}" for name, text in problems.items())
+
+
+def test_every_file_with_gpu_tests_runs_on_the_pretended_device() -> None:
+    files = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if "mark.gpu" in path.read_text() and path.name != Path(__file__).name
+    }
+    assert files == set(GPU_TESTS)
