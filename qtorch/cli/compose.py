@@ -22,8 +22,10 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from qtorch.cli.overrides import expand_home
 from qtorch.core.errors import ArgumentError, ConfigError, install_command, unknown_name_message
 from qtorch.core.instantiate import resolve_config
+from qtorch.core.session import resolve_path
 from qtorch.core.trust import as_stored_text
 from qtorch.trainer.segments import Calendars, resolve_segments
 
@@ -59,7 +61,7 @@ def compose_settings(root: str, argv: Sequence[str]) -> dict[str, Any]:
     `--config-dir DIR` adds a folder of config groups. Raises ConfigError with a one-line message
     that suggests the nearest name for a misspelled one.
     """
-    folder, overrides = _split_arguments(argv)
+    folder, overrides = _split_arguments(expand_home(argv))
     with translate_hydra_errors(overrides, root=root), _initialize_hydra():
         if folder is not None:
             overrides = [f"hydra.searchpath=[file://{folder}]", *overrides]
@@ -93,7 +95,7 @@ def _split_arguments(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def _resolve_folder(name: str) -> Path:
-    folder = Path(name).expanduser().resolve()
+    folder = resolve_path(name).resolve()
     if not name or not folder.is_dir():
         raise ConfigError(f"--config-dir: folder {name!r} does not exist.")
     return folder

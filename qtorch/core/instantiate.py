@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlparse
 from qtorch.core.configured import Configured, check_arguments, constructor_signature
 from qtorch.core.errors import ArgumentError, ConfigError
 from qtorch.core.plain import resolve_config as resolve_config
+from qtorch.core.session import resolve_path
 from qtorch.core.trust import load_pickle, locate
 
 log = logging.getLogger(__name__)
@@ -249,7 +250,7 @@ def _uri_path(uri: str) -> Path:
 
 
 def _require_file(path: Path) -> Path:
-    full = path.expanduser()
+    full = resolve_path(path)
     if not full.is_file():
         raise ConfigError(f"cannot load an object from {str(path)!r}: no such file.")
     return full

@@ -76,8 +76,8 @@ def init(
 ) -> Session:
     """Set the defaults of this process; a later call changes only the arguments it passes.
 
-    From the first call on, relative paths of stores start in the folder of that call, whatever
-    folder the process changes to.
+    From the first call on, relative paths of data and stores start in the folder of that call,
+    whatever folder the process changes to.
 
     provider_uri: data folder in Qlib's layout, or `{frequency: folder}`.
     region: "us", "cn" or "tw"; sets the trade unit, the price limit and the bars per year.
@@ -87,7 +87,7 @@ def init(
     trusted: packages (or `.py` files) that stored objects and pool tasks may name; a later call
         adds to them.
     trusted_pickle: whether pickles may be loaded; each runs the code that its author put into it.
-    folder: where relative paths of stores start; default: the folder of the first call.
+    folder: where relative paths start; default: the folder of the first call.
     """
     global _process
     packages = (trusted,) if isinstance(trusted, str) else tuple(trusted)
@@ -99,7 +99,7 @@ def init(
         "seed": seed,
         "trusted": (*_process.trusted, *packages) if packages else None,
         "trusted_pickle": trusted_pickle,
-        "folder": folder or _process.folder or os.environ.get(FOLDER_VARIABLE) or os.getcwd(),
+        "folder": folder or _process.folder or _start_folder(),
     }
     _process = _apply_changes(_process, {k: v for k, v in changes.items() if v is not None})
     return _process
@@ -121,8 +121,12 @@ def resolve_path(path: str | Path) -> Path:
     A relative path starts where the command began, or where `init` was first called; without
     either, in the current folder. `~` is the home folder.
     """
-    start = session().folder or os.environ.get(FOLDER_VARIABLE) or os.getcwd()
-    return Path(start, Path(path).expanduser())
+    return Path(session().folder or _start_folder(), Path(path).expanduser())
+
+
+def _start_folder() -> str:
+    """Return the folder in which the command began, or else the current one."""
+    return os.environ.get(FOLDER_VARIABLE) or os.getcwd()
 
 
 def get_trusted_packages() -> tuple[str, ...]:
@@ -156,5 +160,8 @@ def _apply_changes(base: Session, changes: dict[str, Any]) -> Session:
         check_name("option of init", name, valid)
     check_name("region", changes.get("region", "us"), REGIONS)
     if changes.get("provider_uri") is not None:
-        changes["provider_uri"] = map_paths(os.path.expanduser, changes["provider_uri"])
+        start = changes.get("folder") or base.folder or _start_folder()
+        changes["provider_uri"] = map_paths(
+            lambda path: str(Path(start, Path(path).expanduser())), changes["provider_uri"]
+        )
     return replace(base, **changes)

@@ -14,6 +14,7 @@ from torch import nn
 
 from qtorch.core.identity import digest
 from qtorch.core.runtime import seed_everything
+from qtorch.core.session import resolve_path
 from qtorch.data.dataset.samples import Samples
 from qtorch.model.devices.ranks import RanksStopped, check_devices, fit_on_ranks
 from qtorch.model.finetune import FineTuning
@@ -124,7 +125,7 @@ def _checkpoint_folder(recipe: Recipe, recorder: TrainingRecorder | None) -> Ite
         return
     configured_folder = recipe.checkpoint.get("dir")
     if configured_folder is not None:
-        folder = Path(configured_folder)
+        folder = resolve_path(configured_folder)
     elif recorder is not None:
         folder = Path(recorder.checkpoint_dir())
     else:

@@ -94,7 +94,7 @@ def local_folder(artifact_uri: str | None) -> Path | None:
 def outbox_folder() -> Path:
     """Return the folder for unconfirmed entries: QTORCH_OUTBOX, else one in the cache folder."""
     folder = os.environ.get("QTORCH_OUTBOX")
-    return Path(folder).expanduser() if folder else cache_folder() / "outbox"
+    return resolve_path(folder) if folder else cache_folder() / "outbox"
 
 
 def claims_folder(tracking_uri: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,7 @@ from qtorch.core.instantiate import (
 from qtorch.core.plain import convert_tree, is_plain_scalar
 from qtorch.core.runtime import seed_everything
 from qtorch.core.secrets import complete_tree, has_mask, redact_tree
-from qtorch.core.session import Session, map_paths, session, session_context
+from qtorch.core.session import Session, map_paths, resolve_path, session, session_context
 from qtorch.core.trust import check_config_trust
 from qtorch.process.heartbeat import beat
 from qtorch.tracking.claims import hold_run
@@ -49,7 +48,8 @@ TRACKING_KEY = "tracking"
 INPUTS_FIELD = "inputs"
 TRACKING_FIELDS = ("experiment_name", "recorder_name", "uri", INPUTS_FIELD)
 QLIB_SOURCE = "qtorch.data.source.qlib.QlibSource"
-PATH_ARGUMENTS = {"provider_uri", "path"}  # arguments of data sources that are paths on disk
+# Arguments of data sources, loaders and extras that are paths on disk.
+PATH_ARGUMENTS = {"provider_uri", "path", "universes", "config", "table"}
 RECORD_MODULE = "qtorch.record"
 REGION_RECORDS = {"SigAnaRecord", "PortAnaRecord", "MultiPassPortAnaRecord"}
 TASK = "task"
@@ -497,25 +497,41 @@ def _loggable_part(value: Any, location: str) -> Any:
 
 
 def _resolve_source(dataset: Any) -> Any:
-    """Make the data source in a dataset's configuration independent of the working folder.
+    """Make the data in a dataset's configuration independent of the working folder.
 
     A handler without a source gets the session's; relative paths become absolute.
     """
-    handler = _options(dataset).get("handler") if isinstance(dataset, Mapping) else None
+    if not isinstance(dataset, Mapping):
+        return dataset
+    if "extras" in _options(dataset):
+        dataset = _set_option(dataset, "extras", _resolve_paths(_options(dataset)["extras"]))
+    handler = _options(dataset).get("handler")
     if not isinstance(handler, Mapping):
         return dataset
+    for key in ("source", "data_loader"):
+        if isinstance(_options(handler).get(key), Mapping):
+            handler = _set_option(handler, key, _resolve_paths(_options(handler)[key]))
     options = _options(handler)
-    source = options.get("source")
-    if isinstance(source, Mapping):
-        for key in PATH_ARGUMENTS & _options(source).keys():
-            path = map_paths(_absolute_path, _options(source)[key])
-            source = _set_option(source, key, path)
-    elif source is None and options.get("data_loader") is None and session().provider_uri:
-        provider = map_paths(os.path.abspath, session().provider_uri)
-        source = {"_target_": QLIB_SOURCE, "provider_uri": provider}
-    if source is None:
-        return dataset
-    return _set_option(dataset, "handler", _set_option(handler, "source", source))
+    if options.get("source") is None and options.get("data_loader") is None:
+        provider = session().provider_uri
+        if provider:
+            provider = map_paths(lambda path: str(resolve_path(path)), provider)
+            source = {"_target_": QLIB_SOURCE, "provider_uri": provider}
+            handler = _set_option(handler, "source", source)
+    return _set_option(dataset, "handler", handler)
+
+
+def _resolve_paths(config: Any, key: str = "") -> Any:
+    """Make the paths in a configuration absolute: those of the arguments PATH_ARGUMENTS.
+
+    `config` of a loader may be something else than a path, unless there is such a file.
+    """
+    if isinstance(config, Mapping):
+        return {k: _resolve_paths(v, k if k in PATH_ARGUMENTS else key) for k, v in config.items()}
+    if not isinstance(config, str | Path) or key not in PATH_ARGUMENTS:
+        return config
+    path = resolve_path(config)
+    return config if key == "config" and not path.exists() else str(path)
 
 
 def _with_region(records: Any, region: str) -> Any:
@@ -526,10 +542,6 @@ def _with_region(records: Any, region: str) -> Any:
         return records
     name = str(records.get("_target_", records.get("class", ""))).rpartition(".")[2]
     return _set_option(records, "region", region) if name in REGION_RECORDS else records
-
-
-def _absolute_path(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def _options(config: Mapping[str, Any]) -> Mapping[str, Any]:

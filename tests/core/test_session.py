@@ -14,7 +14,13 @@ import torch
 from qtorch.core.errors import ConfigError, FileLockError
 from qtorch.core.files import atomic_write, file_lock, remove_partial_files, write_private
 from qtorch.core.runtime import progress, resolve_device, seed_everything
-from qtorch.core.session import init, session, session_context
+from qtorch.core.session import (
+    FOLDER_VARIABLE,
+    init,
+    resolve_path,
+    session,
+    session_context,
+)
 
 
 def test_init_changes_only_the_arguments_that_it_gets():
@@ -26,6 +32,24 @@ def test_init_changes_only_the_arguments_that_it_gets():
     assert session().tracking_uri == "sqlite:///x.db"
     with pytest.raises(ConfigError, match=r"unknown region 'uk'\. Valid names: cn, tw, us"):
         init(region="uk")
+
+
+def test_relative_paths_start_where_the_command_began(tmp_path, monkeypatch):
+    """In a job whose process works in another folder, and in Python after `init`."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    assert resolve_path("~/x") == tmp_path / "me" / "x"
+    monkeypatch.chdir(elsewhere)
+    assert resolve_path("x") == elsewhere / "x"
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    assert resolve_path("x") == tmp_path / "x"
+    monkeypatch.delenv(FOLDER_VARIABLE)
+    init({"day": "~/bars", "1min": "minutes"}, folder=str(tmp_path))
+    assert resolve_path("x") == tmp_path / "x"
+    assert session().provider_uri == {
+        "day": f"{tmp_path}/me/bars", "1min": f"{tmp_path}/minutes",
+    }  # fmt: skip
 
 
 def test_session_context_does_not_affect_other_threads():

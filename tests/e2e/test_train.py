@@ -127,8 +127,9 @@ def test_config_and_help_do_not_train(qtorch_cli, runs):
 
 
 @pytest.mark.slow
-def test_data_import_and_describe(qtorch_cli, train, folder):
-    result = qtorch_cli("data", "import", "data=synthetic_tiny", "out=bars")
+def test_data_import_and_describe(qtorch_cli, train, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    result = qtorch_cli("data", "import", "data=synthetic_tiny", "out=~/bars")
     assert result.code == 0, result.err
     assert (folder / "bars" / "calendars" / "day.txt").is_file()
     result = qtorch_cli("data", "import", "data=synthetic_tiny", "out=bars")
@@ -137,8 +138,10 @@ def test_data_import_and_describe(qtorch_cli, train, folder):
     assert result.code == 0, result.err
     assert "2018-07-02" in result.out
     assert (folder / "bars.png").stat().st_size > 10_000
-    result = train("data=qlib", "data.provider_uri=bars", "universe=stocks")
+    jobs = ("-m", "hydra.job.chdir=true", "data.provider_uri=bars,~/bars")
+    result = train("data=qlib", "universe=stocks", *jobs)
     assert result.code == 0, result.err
+    assert not list(folder.glob("outputs/**/mlruns"))
 
 
 @pytest.mark.slow

@@ -64,9 +64,32 @@ def test_handler_without_a_source_gets_the_sessions(tmp_path, monkeypatch):
     qtorch.init(provider_uri="bars")
     source = complete_task(task)["dataset"]["handler"]["kwargs"]["source"]
     assert source["provider_uri"] == str(tmp_path / "bars")
-    own_handler = {"_target_": "y.H", "source": {"_target_": "z.S", "path": "mine.csv"}}
-    completed_task = complete_task({**task, "dataset": {"_target_": "x.D", "handler": own_handler}})
-    assert completed_task["dataset"]["handler"]["source"]["path"] == str(tmp_path / "mine.csv")
+
+
+def test_relative_paths_of_the_data_become_absolute(tmp_path, monkeypatch):
+    """They start where the command began, and a worker in another folder finds them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    (tmp_path / "frame.csv").touch()
+    (tmp_path / "elsewhere").mkdir()
+    qtorch.init()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    handler = {
+        "_target_": "y.H",
+        "source": {"_target_": "z.S", "path": "mine.csv", "universes": "~/members.csv"},
+        "data_loader": {"_target_": "z.L", "config": {"feature": "frame.csv", "label": "$close"}},
+    }
+    extras = {"concept": {"_target_": "z.C", "table": "concepts.csv"}}
+    dataset = {"_target_": "x.D", "handler": handler, "extras": extras}
+    completed = complete_task({"model": {}, "dataset": dataset})["dataset"]
+    assert completed["extras"]["concept"]["table"] == f"{tmp_path}/concepts.csv"
+    assert completed["handler"]["source"] == {
+        "_target_": "z.S",
+        "path": f"{tmp_path}/mine.csv",
+        "universes": f"{tmp_path}/me/members.csv",
+    }
+    loader_config = completed["handler"]["data_loader"]["config"]
+    assert loader_config == {"feature": f"{tmp_path}/frame.csv", "label": "$close"}
 
 
 @pytest.mark.parametrize(
