@@ -94,6 +94,15 @@ def get_callable_kwargs(
     return _import_callable(config[key], module), dict(config.get("kwargs") or {})
 
 
+def check_config(config: Any, default_module: str | ModuleType | None = None) -> None:
+    """Import what a configuration names and check its arguments, without building it.
+
+    Its nested configurations are not checked. Raises ConfigError (ArgumentError for an argument
+    that is unknown) with the nearest valid name.
+    """
+    _check_arguments(*get_callable_kwargs(config, default_module))
+
+
 def _import_callable(name: Any, module: str | ModuleType | None) -> Callable[..., Any]:
     """Import a class or function by name; a live one is returned unchanged."""
     target = locate(name, module) if isinstance(name, str) else name

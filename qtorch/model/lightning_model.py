@@ -17,6 +17,7 @@ from qtorch.core.names import import_path
 from qtorch.core.plain import resolve_config
 from qtorch.core.serial import State
 from qtorch.core.session import session
+from qtorch.data.dataset.batches import ORDERS
 from qtorch.data.dataset.qlib_dataset import check_disjoint_days, get_samples
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import BaseLoss
@@ -38,16 +39,31 @@ from qtorch.model.input_schema import (
     has_valid_segment,
     load_training_samples,
 )
-from qtorch.model.loop.factories import build_loss, component_list, with_learning_rate
+from qtorch.model.loop.day_label import build_day_label
+from qtorch.model.loop.factories import (
+    build_loss,
+    check_optimizer,
+    component_list,
+    with_learning_rate,
+)
 from qtorch.model.loop.module import get_module_class
 from qtorch.model.loop.options import (
     build_early_stopping,
+    check_callbacks,
+    check_monitor,
     check_validation,
+    resolve_inner_steps,
     trainer_device,
     trainer_options,
 )
+from qtorch.model.loop.schedules import scheduler_plan
 from qtorch.model.loop.scoring import evaluation_batch_size, get_readout, score_series
-from qtorch.model.network_config import build_network, complete_network_config, network_config
+from qtorch.model.network_config import (
+    build_network,
+    complete_network_config,
+    is_lightning_module,
+    network_config,
+)
 from qtorch.model.nonfinite import check_scores, check_weights
 from qtorch.model.state import extract_tensors, insert_tensors, replace_nonfinite, restore_nan
 from qtorch.tracking.recorder import current_recorder, tag_lineage
@@ -192,6 +208,7 @@ class LightningModel(ModelFT):
         as an `init_from` whose run does not exist or has no matching weight; the message lists the
         shapes).
         """
+        self.check_settings()
         recipe = self._build_recipe()
         device = trainer_device(recipe.trainer)
         run = current_recorder() if recorder is None else recorder
@@ -222,6 +239,27 @@ class LightningModel(ModelFT):
         if initial is not None:
             result.report["init_from"] = initial.description
         self._store_result(result, recipe, dataset)
+
+    def check_settings(self, *, check_device: bool = True) -> None:
+        """Raise ConfigError for settings that no training can use, before there are data.
+
+        `check_device`: the trainer's accelerator and devices are those of this machine.
+        """
+        options = trainer_options(self.trainer, self.callbacks)
+        check_validation(self.early_stop, self.monitor, options)
+        check_name("order", self.batch["order"], ORDERS)
+        resolve_inner_steps(self.inner_steps, options, 1)
+        if check_device:
+            trainer_device(options)
+        if is_lightning_module(self.network):
+            return  # it has its own loss and optimizer, and logs what it is judged by
+        build_loss(self.loss)
+        check_optimizer(self.optimizer)
+        scheduler_plan(self.scheduler)
+        build_day_label(self.day_label)
+        get_module_class(self.module)
+        check_monitor(build_early_stopping(self.early_stop, self.monitor)[1])
+        check_callbacks(options)
 
     def finetune(
         self,
