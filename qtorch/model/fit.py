@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,7 +31,10 @@ from qtorch.model.loop.interruption import Interruption, StopTraining, TrainingI
 from qtorch.model.loop.training import FitResult as FitResult
 from qtorch.model.loop.training import Recipe as Recipe
 from qtorch.model.loop.training import Training, quiet_lightning, training_identity
+from qtorch.model.network_description import describe_network
 from qtorch.tracking.recorder import TrainingRecorder
+
+log = logging.getLogger(__name__)
 
 
 def fit_network(
@@ -60,6 +64,7 @@ def fit_network(
         if tuning is not None:
             network = tuning.prepare_network(network)
             start = digest({"start": start, "tuning": tuning.description})
+        log.info("%s", describe_network(network))
         identity = training_identity(network, train, valid, recipe, start)
         with _checkpoint_folder(recipe, recorder) as folder:
             kind = "fit" if tuning is None else "finetune"

@@ -14,6 +14,8 @@ from qtorch.core.session import resolve_path, session
 
 SQLITE = "sqlite:///"
 ARTIFACTS = "artifacts"  # the folder beside a store's file, and that of each run in it
+LOCAL_PORT = 5000
+LOCAL_SERVER = f"http://127.0.0.1:{LOCAL_PORT}"
 ALLOW_FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
 NAMED_STORES = ("databricks", "databricks-uc", "uc")  # MLflow's URIs that are bare words
 
@@ -79,6 +81,15 @@ def find_artifacts(uri: str, artifact_uri: str) -> str:
     moved = store.parent.joinpath(*folder.parts[-4:])
     is_moved = moved.exists() or not old_root.exists() or (old_root / store.name).exists()
     return str(moved) if is_moved else artifact_uri
+
+
+def run_page(uri: str, experiment_id: str, run_id: str) -> str:
+    """Return the address of a run's page with its curves, for a local store on LOCAL_SERVER.
+
+    The page of an experiment opens on traces in MLflow 3, which a training has none of.
+    """
+    server = redact_urls(uri) if uri.startswith(("http://", "https://")) else LOCAL_SERVER
+    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}/model-metrics"
 
 
 def local_folder(artifact_uri: str | None) -> Path | None:

@@ -37,6 +37,7 @@ from qtorch.tracking.delivery import (
 )
 from qtorch.tracking.locations import resolve_uri
 from qtorch.tracking.provenance import command_line, git_changes, qtorch_environment, source_tags
+from qtorch.tracking.run_log import RUN_LOG, RunLog
 from qtorch.tracking.store_types import (
     MAX_KEY,
     MAX_PARAM,
@@ -138,6 +139,7 @@ class Recorder:
         self._run_files: RunFiles | None = None
         self._stop_monitor: Callable[[], None] | None = None
         self._deactivate: Callable[[], None] | None = None
+        self._run_log: RunLog | None = None
         self._attempt = 1
         if mlflow_run is not None:
             self._load_row(mlflow_run)
@@ -182,6 +184,7 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         process_attributes = ("_ledger", "_sender", "_run_files", "_stop_monitor", "_deactivate")
+        process_attributes += ("_run_log",)
         return {**self.__dict__, **dict.fromkeys(process_attributes), "owner": 0}
 
     @property
@@ -250,6 +253,7 @@ class Recorder:
         self._sender = Sender(self._store, self._run_id, self._attempt)
         self.owner = os.getpid()
         add_running(self)
+        self._run_log = RunLog()
         self._activate(row)
         try:
             self._log_provenance(is_resumed)
@@ -289,7 +293,7 @@ class Recorder:
             self.log_params(**origin)
         with tempfile.TemporaryDirectory() as scratch:
             for name, text in git_changes().items():
-                path = Path(scratch, f"attempt_{self._attempt}_{name}" if is_resumed else name)
+                path = Path(scratch, self._attempt_name(name))
                 path.write_text(text, encoding="utf-8")
                 self._files.save_path(path, None)
 
@@ -314,6 +318,7 @@ class Recorder:
         for undo in (stop_monitor, deactivate):
             if undo is not None:
                 undo()
+        self._save_log(status)
         sender = self._sender or Sender(self._store, run_id, self._attempt)
         self._sender = None
         sender.enqueue([{"status": status, "time": end}])
@@ -327,6 +332,25 @@ class Recorder:
         self.status = status if is_delivered or status != self.STATUS_FI else self.STATUS_R
         if failure is not None and not isinstance(failure, TrackingError):
             raise failure
+
+    def _save_log(self, status: str) -> None:
+        """Save what was logged during the run; an error here must not keep it from ending."""
+        run_log, self._run_log = self._run_log, None
+        if run_log is None:
+            return
+        log.info("run %s (%s) ends: %s", self.id, self.name, status)
+        try:
+            path = run_log.finish(self._attempt_name(RUN_LOG))
+            if path is not None:
+                self._files.save_path(path, None)
+        except (TrackingError, OSError) as error:
+            log.warning("could not save the log of run %s: %s", self.id, error)
+        finally:
+            run_log.delete()
+
+    def _attempt_name(self, name: str) -> str:
+        """Return a file's name in this attempt at the run; a resumed run keeps the earlier ones."""
+        return name if self._attempt == 1 else f"attempt_{self._attempt}_{name}"
 
     def _close_journal(self, journal: Journal, failure: BaseException | None) -> bool:
         """Close the outbox file; return whether it is empty, and if not, say so in the log."""

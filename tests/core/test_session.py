@@ -16,22 +16,22 @@ from qtorch.core.files import atomic_write, file_lock, remove_partial_files, wri
 from qtorch.core.runtime import progress, resolve_device, seed_everything
 from qtorch.core.session import (
     FOLDER_VARIABLE,
-    init,
     resolve_path,
     session,
     session_context,
+    set_defaults,
 )
 
 
 def test_init_changes_only_the_arguments_that_it_gets():
-    init("~/bars", region="cn", seed=3)
-    init(tracking_uri="sqlite:///x.db")
+    set_defaults(provider_uri="~/bars", region="cn", seed=3)
+    set_defaults(tracking_uri="sqlite:///x.db")
     assert session().provider_uri.endswith("/bars")
     assert "~" not in session().provider_uri
     assert (session().region, session().seed) == ("cn", 3)
     assert session().tracking_uri == "sqlite:///x.db"
     with pytest.raises(ConfigError, match=r"unknown region 'uk'\. Valid names: cn, tw, us"):
-        init(region="uk")
+        set_defaults(region="uk")
 
 
 def test_relative_paths_start_where_the_command_began(tmp_path, monkeypatch):
@@ -45,7 +45,7 @@ def test_relative_paths_start_where_the_command_began(tmp_path, monkeypatch):
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     assert resolve_path("x") == tmp_path / "x"
     monkeypatch.delenv(FOLDER_VARIABLE)
-    init({"day": "~/bars", "1min": "minutes"}, folder=str(tmp_path))
+    set_defaults(provider_uri={"day": "~/bars", "1min": "minutes"}, folder=str(tmp_path))
     assert resolve_path("x") == tmp_path / "x"
     assert session().provider_uri == {
         "day": f"{tmp_path}/me/bars", "1min": f"{tmp_path}/minutes",
@@ -53,7 +53,7 @@ def test_relative_paths_start_where_the_command_began(tmp_path, monkeypatch):
 
 
 def test_session_context_does_not_affect_other_threads():
-    init(seed=1)
+    set_defaults(seed=1)
     seeds = []
     with session_context(seed=2, trusted=("a",)):
         thread = threading.Thread(target=lambda: seeds.append(session().seed))

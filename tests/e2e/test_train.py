@@ -14,7 +14,7 @@ SIGNAL_METRICS = ("IC", "ICIR", "Rank IC", "Rank ICIR")
 
 
 def test_train_logs_everything_in_one_run(train, runs):
-    result = train()
+    result = train("log_level=ERROR")
     assert result.code == 0, result.err
     (run,) = runs()
     assert run.status == "FINISHED"
@@ -39,6 +39,13 @@ def test_train_logs_everything_in_one_run(train, runs):
     assert label.index.isin(pred.index).mean() > 0.99
     assert len(run.load_object("sig_analysis/ic.pkl")) == dates.nunique()
     assert "sig_analysis/ic.png" in run.list_artifacts("sig_analysis")
+    # The log file has what this log level does not show.
+    assert "network LSTM" not in result.err
+    log = Path(run.download_artifact("run.log")).read_text()
+    assert all(text in log for text in ("network LSTM", "epoch 0: ", "ends: FINISHED"))
+    assert f"/#/experiments/{run.experiment_id}/runs/{run.id}/model-metrics" in result.out
+    assert "a made market with a signal in it" in result.out
+    assert "Sharpe" in result.out
 
 
 @pytest.mark.slow

@@ -664,11 +664,12 @@ class CheckpointCallback(Checkpoint):
 
     def _log_epoch(self, trainer: pl.Trainer, values: dict[str, float], seconds: float) -> None:
         metrics = "  ".join(f"{k} {v:.6g}" for k, v in values.items())
-        level = logging.INFO if self.log_epochs else logging.DEBUG
         place = f"epoch {trainer.current_epoch}"
         if self.loader.position < self.loader.num_batches:
             place += f", step {trainer.global_step}"
-        log.log(level, "%s: %s  (%.2f s)", place, metrics, seconds)
+        # A progress bar shows the same, but not to the log file of the run.
+        extra = {"file_only": not self.log_epochs}
+        log.info("%s: %s  (%.2f s)", place, metrics, seconds, extra=extra)
 
     # -- state ---------------------------------------------------------------------------------
 
