@@ -53,6 +53,10 @@ class Configured(metaclass=ConfiguredMeta):
         self._arguments = _flatten_arguments(signature, bound_arguments)
         return self
 
+    def __repr__(self) -> str:
+        arguments = (f"{k}={v!r:.80}" for k, v in getattr(self, "_arguments", {}).items())
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
     def to_config(self) -> dict[str, Any]:
         """Return `{"_target_": import path of the class, argument: plain value, ...}`.
 

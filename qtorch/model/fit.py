@@ -21,7 +21,6 @@ from qtorch.model.devices.ranks import RanksStopped, check_devices, fit_on_ranks
 from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.checkpoint import (
     LAST,
-    CheckpointCallback,
     find_resume_checkpoint,
     preserve_generators,
     remove_leftovers,
@@ -93,8 +92,8 @@ def fit_network(
                 optimizer_state,
                 keeps_folder=recorder is not None or recipe.checkpoint.get("dir") is not None,
             )
-            checkpoint_callback = training.prepare(folder, identity, interruption, recorder)
-            with _convert_interruption(folder, recorder, checkpoint_callback):
+            training.prepare(folder, identity, interruption, recorder)
+            with _convert_interruption(folder, recorder, training, checkpoint):
                 training.run(checkpoint)
         return training.result(checkpoint)
 
@@ -103,7 +102,8 @@ def fit_network(
 def _convert_interruption(
     folder: Path | None,
     recorder: TrainingRecorder | None,
-    checkpoint_callback: CheckpointCallback | None = None,
+    training: Training | None = None,
+    checkpoint: tuple[Path, dict[str, Any]] | None = None,
 ) -> Iterator[None]:
     """Context manager that raises TrainingInterrupted for every orderly stop of a training."""
     try:
@@ -113,9 +113,13 @@ def _convert_interruption(
     except (StopTraining, KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        position = None if checkpoint_callback is None else checkpoint_callback.stop_position
-        num_batches = 0 if checkpoint_callback is None else checkpoint_callback.loader.num_batches
-        raise _build_interruption(position, num_batches, folder, recorder) from None
+        if training is None:
+            raise _build_interruption(None, 0, folder, recorder) from None
+        position, num_batches = training.checkpoint_callback.stop_position, training.num_batches
+        interruption = _build_interruption(position, num_batches, folder, recorder)
+        if training.has_best_weights:
+            interruption.result = training.result(checkpoint)
+        raise interruption from None
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qtorch.core.configured import plain_value
-from qtorch.core.errors import NotFittedError, check_name
+from qtorch.core.errors import DataError, NotFittedError, check_name
 from qtorch.core.names import import_path
 from qtorch.core.plain import resolve_config
 from qtorch.core.serial import State
@@ -46,6 +48,7 @@ from qtorch.model.loop.factories import (
     component_list,
     with_learning_rate,
 )
+from qtorch.model.loop.interruption import TrainingInterrupted
 from qtorch.model.loop.module import get_module_class
 from qtorch.model.loop.options import (
     build_early_stopping,
@@ -71,6 +74,7 @@ from qtorch.tracking.recorder import current_recorder, tag_lineage
 if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder
 
+log = logging.getLogger(__name__)
 
 # Prefixes of tensors that are not weights of the network. No module name can contain "@".
 STATISTICS_PREFIX, OPTIMIZER_PREFIX = "@statistics.", "@optimizer."
@@ -203,10 +207,11 @@ class LightningModel(ModelFT):
         runs after a checkpoint is saved.
 
         Ctrl-C stops after the current step, saves a checkpoint and raises TrainingInterrupted (a
-        KeyboardInterrupt); a second Ctrl-C stops at once. Raises DataError if there is nothing to
-        learn from or a weight ends as NaN or infinite, and ConfigError for invalid settings (such
-        as an `init_from` whose run does not exist or has no matching weight; the message lists the
-        shapes).
+        KeyboardInterrupt), whose message says how to resume; the model then has the best weights so
+        far, if there was a validation on one device. A second Ctrl-C stops at once. Raises
+        DataError if there is nothing to learn from or a weight ends as NaN or infinite, and
+        ConfigError for invalid settings (such as an `init_from` whose run does not exist or has no
+        matching weight; the message lists the shapes).
         """
         self.check_settings()
         recipe = self._build_recipe()
@@ -223,22 +228,26 @@ class LightningModel(ModelFT):
             network = build_network(config)
             return network if initial is None else initial.apply(network)
 
+        def store_result(result: FitResult) -> None:
+            self.network_config_ = config if isinstance(config, dict) else None
+            self.input_schema_ = InputSchema.from_samples(train)
+            if initial is not None:
+                result.report["init_from"] = initial.description
+            self._store_result(result, recipe, dataset)
+
         self.network_config_ = None
-        result = fit_network(
-            make_network,
-            train,
-            valid,
-            recipe,
-            device=device,
-            recorder=run,
-            resume=resume,
-            start="fresh" if initial is None else initial.digest,
-        )
-        self.network_config_ = config if isinstance(config, dict) else None
-        self.input_schema_ = InputSchema.from_samples(train)
-        if initial is not None:
-            result.report["init_from"] = initial.description
-        self._store_result(result, recipe, dataset)
+        with _keep_best_weights(store_result):
+            result = fit_network(
+                make_network,
+                train,
+                valid,
+                recipe,
+                device=device,
+                recorder=run,
+                resume=resume,
+                start="fresh" if initial is None else initial.digest,
+            )
+        store_result(result)
 
     def check_settings(self, *, check_device: bool = True) -> None:
         """Raise ConfigError for settings that no training can use, before there are data.
@@ -324,17 +333,18 @@ class LightningModel(ModelFT):
             tag_lineage(run, self._source_recorder)
         device = trainer_device(recipe.trainer)
         samples = self._load_samples(dataset, reweighter, recipe, self.input_schema_)
-        result = fit_network(
-            partial(build_network, network),
-            *samples,
-            recipe,
-            device=device,
-            recorder=run,
-            resume=resume,
-            start=weights_digest(network),
-            tuning=tuning,
-            optimizer_state=state,
-        )
+        with _keep_best_weights(lambda result: self._store_result(result, recipe, dataset)):
+            result = fit_network(
+                partial(build_network, network),
+                *samples,
+                recipe,
+                device=device,
+                recorder=run,
+                resume=resume,
+                start=weights_digest(network),
+                tuning=tuning,
+                optimizer_state=state,
+            )
         self._store_result(result, recipe, dataset)
 
     def _load_samples(
@@ -513,6 +523,23 @@ class LightningModel(ModelFT):
     def on_load(self, recorder: Recorder) -> None:
         """Remember the run that this model was loaded from; fine-tuning names it in its tags."""
         self._source_recorder = recorder
+
+
+@contextmanager
+def _keep_best_weights(store_result: Callable[[FitResult], None]) -> Iterator[None]:
+    """Give an interrupted training's best weights to its model before the interruption goes on."""
+    try:
+        yield
+    except TrainingInterrupted as stop:
+        if stop.result is not None:
+            try:
+                store_result(stop.result)
+            except DataError as error:
+                log.warning("the weights so far are not kept: %s", error)
+            else:
+                epoch = stop.result.report["best_epoch"]
+                stop.args = (f"{stop} The model has the best weights so far, of epoch {epoch}.",)
+        raise
 
 
 def _merge_options(

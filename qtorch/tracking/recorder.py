@@ -25,6 +25,7 @@ from qtorch.core.errors import (
     check_name,
 )
 from qtorch.core.secrets import redact_urls
+from qtorch.core.terminal import html_curves, html_link, html_summary
 from qtorch.tracking.artifacts import RunFiles
 from qtorch.tracking.delivery import (
     ATTEMPT_TAG,
@@ -35,7 +36,7 @@ from qtorch.tracking.delivery import (
     add_undelivered_run,
     send_outbox,
 )
-from qtorch.tracking.locations import resolve_uri
+from qtorch.tracking.locations import resolve_uri, run_page
 from qtorch.tracking.provenance import command_line, git_changes, qtorch_environment, source_tags
 from qtorch.tracking.run_log import RUN_LOG, RunLog
 from qtorch.tracking.store_types import (
@@ -159,6 +160,20 @@ class Recorder:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(info={self.info})"
+
+    def _repr_html_(self) -> str:
+        """Show the run in a notebook: its metrics, its curves and the address of its page."""
+        facts = {"run": self.id, "status": self.status, "started": self.start_time}
+        if self.id is None:
+            return html_summary(f"Recorder {self.name}", facts)
+        metrics = {k: f"{v:.6g}" for k, v in self.list_metrics().items() if "/" not in k}
+        curves = {
+            key: [value for _, value in sorted(self.metric_history(key).items())]
+            for key in ("train/loss", "valid/loss")
+        }
+        parts = [html_curves({k: v for k, v in curves.items() if len(v) > 1})]
+        page = run_page(self.uri, self.experiment_id, self.id)
+        return html_summary(f"Recorder {self.name}", {**facts, **metrics}, *parts, html_link(page))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Recorder) or self.id is None:
