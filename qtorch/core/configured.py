@@ -109,6 +109,22 @@ def plain_value(value: Any, location: str = "value") -> Any:
     return convert_tree(value, _plain_part, location)
 
 
+def describe_value(value: Any) -> Any:
+    """Convert a value to plain data for a reader: an object without a configuration is its name."""
+    return convert_tree(value, _describe_part)
+
+
+def _describe_part(value: Any, location: str) -> Any:
+    if isinstance(value, Configured):
+        try:
+            return value.to_config()
+        except ConfigError:
+            return {"_target_": import_path(type(value)), **value._arguments}
+    if is_plain_scalar(value) or isinstance(value, Mapping | list | tuple):
+        return value
+    return getattr(value, "__qualname__", None) or f"<{type(value).__qualname__}>"
+
+
 def _plain_part(value: Any, location: str) -> Any:
     if is_plain_scalar(value):
         return value.value if isinstance(value, enum.Enum) else value

@@ -6,7 +6,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from qtorch.model.loop.checkpoint import (
     preserve_generators,
     remove_leftovers,
 )
-from qtorch.model.loop.curves import name_curves
+from qtorch.model.loop.curves import NamedCurves, name_curves
 from qtorch.model.loop.interruption import Interruption, StopTraining, TrainingInterrupted
 from qtorch.model.loop.training import FitResult as FitResult
 from qtorch.model.loop.training import Recipe as Recipe
@@ -65,9 +65,13 @@ def fit_network(
             start = digest({"start": start, "tuning": tuning.description})
         log.info("%s", describe_network(network))
         identity = training_identity(network, train, valid, recipe, start)
-        with _checkpoint_folder(recipe, recorder) as folder:
+        with ExitStack() as stack:
+            folder = stack.enter_context(_checkpoint_folder(recipe, recorder))
             kind = "fit" if tuning is None else "finetune"
             recorder = name_curves(recorder, folder, kind, identity)
+            if folder is not None and isinstance(recorder, NamedCurves):
+                # The first training of a run has the folder, a later one a folder in it.
+                folder = stack.enter_context(_hold_folder(folder / recorder.name))
             checkpoint = find_resume_checkpoint(resume, folder, identity)
             if recipe.trainer.num_devices > 1:
                 with _convert_interruption(folder, recorder):
@@ -142,6 +146,13 @@ def _checkpoint_folder(recipe: Recipe, recorder: TrainingRecorder | None) -> Ite
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
         return
+    with _hold_folder(folder):
+        yield folder
+
+
+@contextmanager
+def _hold_folder(folder: Path) -> Iterator[Path]:
+    """Create the folder of a training, and remove what killed processes have left in it."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, is_finished=False)
     is_finished = False

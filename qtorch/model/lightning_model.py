@@ -70,6 +70,7 @@ from qtorch.model.network_config import (
 from qtorch.model.nonfinite import check_scores, check_weights
 from qtorch.model.state import extract_tensors, insert_tensors, replace_nonfinite, restore_nan
 from qtorch.tracking.recorder import current_recorder, tag_lineage
+from qtorch.tracking.run_description import describe_run
 
 if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder
@@ -217,6 +218,7 @@ class LightningModel(ModelFT):
         recipe = self._build_recipe()
         device = trainer_device(recipe.trainer)
         run = current_recorder() if recorder is None else recorder
+        describe_run(run, self, dataset)
         initial = None if self.init_from is None else InitialWeights.load(self.init_from, run)
         train, valid = self._load_samples(dataset, reweighter, recipe, initial)
         loss, num_outputs = build_loss(self.loss), None

@@ -171,10 +171,13 @@ def _train_windows(
 
 
 def _tag_window(recorder: Recorder, parent: Recorder, number: int, task: Mapping[str, Any]) -> None:
-    """Make a window's run a child of the study's run, with its number and test span as tags."""
+    """Make a window's run a child of the study's run, with its number and test span."""
     start, end = task_segments(task)[TEST]
     tags = {PARENT_TAG: parent.id, WINDOW_TAG: number, SPAN_TAG: f"{start}..{end}"}
     recorder.set_tags(**tags)
+    span = f"{str(start)[:10]}..{str(end)[:10]}"
+    if span not in str(recorder.name):
+        recorder.rename(f"{recorder.name} {span}")
 
 
 def _check_statuses(

@@ -416,6 +416,20 @@ class Recorder:
                 entries.append({"metric": key, "value": value, "time": time, "step": new_step})
         self._send(entries)
 
+    def rename(self, name: str) -> None:
+        """Give the run another name."""
+        self._store.rename_run(self._run_id, name)
+        self.name = name
+
+    def log_input(
+        self, name: str, digest: str, *, source: str, profile: str = "", context: str = ""
+    ) -> None:
+        """Log a dataset that the run used, for MLflow's dataset column.
+
+        `digest`: a hash of its content. `context` says for what it was used.
+        """
+        self._store.log_input(self._run_id, name, digest, source, profile, context)
+
     def metric_history(self, key: str) -> dict[int, float]:
         """Return `{step: value}` of a metric, from this process and earlier attempts at the run."""
         return dict(self._run_ledger.metrics.get(clean_key(key), {}))

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any
 
-from qtorch.core.configured import Configured
+from qtorch.core.configured import describe_value
 from qtorch.core.errors import ConfigError, DataError, TrackingError, unknown_name_message
 from qtorch.core.instantiate import (
     auto_filter_kwargs,
@@ -19,7 +19,7 @@ from qtorch.core.instantiate import (
     init_instance_by_config,
     resolve_config,
 )
-from qtorch.core.plain import convert_tree, is_plain_scalar
+from qtorch.core.plain import convert_tree
 from qtorch.core.runtime import seed_everything
 from qtorch.core.secrets import complete_tree, has_mask, redact_tree
 from qtorch.core.session import Session, map_paths, resolve_path, session, session_context
@@ -28,6 +28,7 @@ from qtorch.tracking.claims import hold_run
 from qtorch.tracking.delivery import send_outbox
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.run_description import log_dataset
 from qtorch.tracking.store_types import NotInStoreError
 from qtorch.trainer.checks import (
     RECORD_MODULE,
@@ -336,6 +337,8 @@ def _execute(
         dataset = build_object(task["dataset"])
         inputs = collect_inputs(task, dataset)
         recorder.set_tags(**inputs.tags)
+        if inputs.data is not None:
+            log_dataset(recorder, dataset, inputs.data)
         options: dict[str, Any] = {"recorder": recorder}
         if task.get("reweighter") is not None:
             options["reweighter"] = build_object(task["reweighter"])
@@ -447,19 +450,8 @@ def split_tracking(task: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
 
 def loggable_task(task: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a task to plain data for the run's params; live objects become configurations."""
-    params: dict[str, Any] = convert_tree(task, _loggable_part)
+    params: dict[str, Any] = describe_value(task)
     return params
-
-
-def _loggable_part(value: Any, location: str) -> Any:
-    if isinstance(value, Configured):
-        try:
-            return value.to_config()
-        except ConfigError:
-            return type(value).__qualname__
-    if is_plain_scalar(value) or isinstance(value, Mapping | list | tuple):
-        return value
-    return getattr(value, "__qualname__", None) or f"<{type(value).__qualname__}>"
 
 
 def _resolve_source(dataset: Any) -> Any:
