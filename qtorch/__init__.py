@@ -6,7 +6,7 @@ from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from qtorch.core.instantiate import init_instance_by_config as init_instance_by_config
-    from qtorch.core.session import init as init
+    from qtorch.core.runtime import init as init
     from qtorch.tracking.manager import R as R
 
 __version__ = "0.1.0"

@@ -223,6 +223,20 @@ def test_names_become_objects_and_pickles_are_read_in_few_places():
     assert not wrong, "\n".join(wrong)
 
 
+def test_paths_of_users_are_resolved_in_one_place():
+    """A relative path starts where the command began, and `~` is the home folder."""
+    doors = ("qtorch/core/session.py", "qtorch/core/content_digest.py")
+    wrong = [
+        f"{file}:{node.lineno} calls {ast.unparse(node.func)}"
+        for path, tree in modules().items()
+        if (file := path.relative_to(ROOT).as_posix()) not in doors
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).rpartition(".")[2] in ("expanduser", "abspath")
+    ]
+    assert not wrong, "use qtorch.core.session.resolve_path:\n" + "\n".join(wrong)
+
+
 def test_networks_import_torch_alone():
     wrong = [
         f"{path.relative_to(ROOT)}:{node.lineno} imports {module}"

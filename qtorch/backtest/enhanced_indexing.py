@@ -17,6 +17,7 @@ from qtorch.backtest.strategy import StepContext, WeightStrategyBase
 from qtorch.core.configured import Configured
 from qtorch.core.dates import parse_dates
 from qtorch.core.errors import ConfigError, DataError, install_command
+from qtorch.core.session import resolve_path
 from qtorch.core.tables import read_indexed_table, text_names
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.source.base import Source
@@ -187,7 +188,7 @@ class EnhancedIndexingStrategy(WeightStrategyBase):
         risk_degree: float = 0.95,
     ) -> None:
         super().__init__(signal=signal, risk_degree=risk_degree)
-        self.root = Path(riskmodel_root)
+        self.root = resolve_path(riskmodel_root)
         self.market, self.benchmark_weights = market, benchmark_weights
         self.files = dict(name_mapping or {})
         self.optimizer = EnhancedIndexingOptimizer(**dict(optimizer_kwargs or {}))

@@ -15,6 +15,9 @@ from qtorch.backtest.quotes import Quotes
 from qtorch.backtest.simulate import Ledger, Rows
 from qtorch.core.dates import parse_frequency
 from qtorch.core.errors import check_name
+from qtorch.core.terminal import html_curves, html_summary
+
+NUM_SHOWN = 3  # members in a notebook's summary
 
 
 class BacktestResult:
@@ -50,6 +53,24 @@ class BacktestResult:
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def __repr__(self) -> str:
+        span = f"{self.dates.min():%Y-%m-%d}..{self.dates.max():%Y-%m-%d}"
+        return f"{type(self).__name__}({span}, freq={self.freq!r}, members={self.members})"
+
+    def _repr_html_(self) -> str:
+        """Show the sums and curves of the returns in a notebook, for the first members."""
+        facts, curves = {}, {}
+        for name in self.members[:NUM_SHOWN]:
+            report = self[name].report
+            net = report["return"] - report["cost"]
+            facts[name] = (
+                f"return {net.sum():.2%} (sum after costs), cost {report['cost'].sum():.2%}, "
+                f"benchmark {report['bench'].sum():.2%}"
+            )
+            curves[name] = net.cumsum().tolist()
+            curves["benchmark"] = report["bench"].fillna(0.0).cumsum().tolist()
+        return html_summary(repr(self), facts, html_curves(curves))
 
     @cached_property
     def report(self) -> pd.DataFrame:

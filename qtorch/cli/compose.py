@@ -22,8 +22,10 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from qtorch.cli.overrides import expand_home
 from qtorch.core.errors import ArgumentError, ConfigError, install_command, unknown_name_message
 from qtorch.core.instantiate import resolve_config
+from qtorch.core.session import resolve_path
 from qtorch.core.trust import as_stored_text
 from qtorch.trainer.segments import Calendars, resolve_segments
 
@@ -59,7 +61,7 @@ def compose_settings(root: str, argv: Sequence[str]) -> dict[str, Any]:
     `--config-dir DIR` adds a folder of config groups. Raises ConfigError with a one-line message
     that suggests the nearest name for a misspelled one.
     """
-    folder, overrides = _split_arguments(argv)
+    folder, overrides = _split_arguments(expand_home(argv))
     with translate_hydra_errors(overrides, root=root), _initialize_hydra():
         if folder is not None:
             overrides = [f"hydra.searchpath=[file://{folder}]", *overrides]
@@ -93,7 +95,7 @@ def _split_arguments(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def _resolve_folder(name: str) -> Path:
-    folder = Path(name).expanduser().resolve()
+    folder = resolve_path(name).resolve()
     if not name or not folder.is_dir():
         raise ConfigError(f"--config-dir: folder {name!r} does not exist.")
     return folder
@@ -116,6 +118,15 @@ def translate_hydra_errors(argv: Sequence[str] = (), root: str = ROOT_CONFIG) ->
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain_error(error, argv, root)) from error
+    except TypeError as error:
+        # Hydra joins the value of a config group to texts.
+        words = [word for word in argv if re.match(r"\+*\w+=\[.*\{", word)]
+        if "can only concatenate str" not in str(error) or not words:
+            raise
+        raise ConfigError(
+            f"{' '.join(words)}: this is a config group, whose value is the name of an option. Set "
+            f"the task's own value instead: task.{words[0].lstrip('+')}"
+        ) from error
     except ValueError as error:
         if "Config group override must be a string" not in str(error):
             raise
@@ -228,7 +239,11 @@ def _is_override_for(override: str, key: str) -> bool:
 
 
 def job_task(settings: Mapping[str, Any], calendars: Calendars | None = None) -> dict[str, Any]:
-    """Return a job's task with dates as segments; its text is stored text in a resumed sweep."""
-    task = settings["task"]
-    is_stored = settings["sweep"]["stored"]
-    return resolve_segments(as_stored_text(task) if is_stored else task, calendars)
+    """Return a job's task with dates as segments."""
+    return resolve_segments(task_definition(settings), calendars)
+
+
+def task_definition(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a job's task as it was composed; its text is stored text in a resumed sweep."""
+    task: Mapping[str, Any] = settings["task"]
+    return as_stored_text(task) if settings["sweep"]["stored"] else task

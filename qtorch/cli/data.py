@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from qtorch.cli.compose import compose_settings
@@ -17,6 +16,7 @@ from qtorch.core.errors import (
     unknown_name_message,
 )
 from qtorch.core.instantiate import init_instance_by_config
+from qtorch.core.session import resolve_path
 from qtorch.data.handler.feature_cache import Entry, FeatureCache
 
 USAGE = """\
@@ -53,7 +53,7 @@ def _import(settings: dict[str, Any]) -> int:
 
     if settings["out"] is None:
         raise ConfigError("out must be given: add out=FOLDER, the folder to write.")
-    folder = Path(settings["out"]).expanduser()
+    folder = resolve_path(settings["out"])
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"out={folder} exists and is not empty; choose a new folder.")
     source = init_instance_by_config(settings["data"])
@@ -72,7 +72,7 @@ def _describe(settings: dict[str, Any]) -> int:
     from qtorch.data.describe import describe
 
     source = init_instance_by_config(settings["data"])
-    out = Path(settings["out"] or "bars.png").expanduser()
+    out = resolve_path(settings["out"] or "bars.png")
     if out.suffix != ".png":
         raise ConfigError(f"out={out}: expected a name that ends in .png.")
     description = describe(source, universe=settings["universe"], freq=settings["freq"])

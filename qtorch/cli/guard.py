@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from qtorch.core.errors import QtorchError, printable_text
 from qtorch.core.runtime import change_environment, configure_logging
 from qtorch.core.secrets import redact_urls
-from qtorch.core.session import PICKLE_VARIABLE, init
+from qtorch.core.session import PICKLE_VARIABLE, set_defaults
 from qtorch.process.stops import StopSignals
 
 DEBUG_VARIABLE = "QTORCH_DEBUG"
@@ -42,7 +42,7 @@ def configure_process(log_level: int | str = logging.INFO, tracking_uri: str | N
     if not is_debug_enabled():
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL + 1)
     if tracking_uri is not None:
-        init(tracking_uri=tracking_uri)
+        set_defaults(tracking_uri=tracking_uri)
 
 
 def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

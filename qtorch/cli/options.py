@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.session import resolve_path
 
 Parsers = Mapping[str, Callable[[str], Any]]
 NULL_WORDS = ("", "null", "none", "None")
@@ -85,7 +86,7 @@ VALUE_DESCRIPTIONS: dict[Callable[[str], Any], str] = {
 
 def output_path(out: str) -> Path:
     """Return the path of a file or folder to write; ConfigError unless its folder exists."""
-    path = Path(out).expanduser()
+    path = resolve_path(out)
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"out={out}: folder {path.absolute().parent} does not exist.")
     return path

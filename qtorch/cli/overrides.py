@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,8 +33,26 @@ from qtorch.core.secrets import (
     redact_urls,
     url_variables,
 )
+from qtorch.core.session import resolve_path
 
+# `~` at the beginning of a value, of an item of a list or mapping, or of the path of a URI.
+_HOME = re.compile(r"([=\[,:]\s*|://+)~(?=[/,\]}]|$)")
 SHOW_OPTIONS = ("--cfg", "-c", "--info", "-i")  # Hydra prints the configuration
+
+
+def expand_home(words: Sequence[str]) -> list[str]:
+    """Return the words of a command with the home folder for `~` at the beginning of a value.
+
+    Shells leave it in `data.path=~/bars`, and Hydra's grammar has no such character.
+    """
+    return [_expand_home(word) for word in words]
+
+
+def _expand_home(word: str) -> str:
+    home = str(resolve_path("~"))
+    if not word.startswith("-"):  # an override, in which these characters have a meaning
+        home = re.sub(r"[\\()\[\]{}:=,]", r"\\\g<0>", home)
+    return _HOME.sub(lambda match: f"{match[1]}{home}", word)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from qtorch.cli.compose import compose_settings
 from qtorch.cli.guard import configure_process, handle_stop_signals
 from qtorch.cli.options import output_path
 from qtorch.core.errors import ConfigError
+from qtorch.core.session import resolve_path
 
 USAGE = """\
 qtorch report: HTML page of one run or several, readable without network or server
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         if len(recorders) == 1:
             page = _report_run(recorders[0], settings, out)
         else:
-            page = _compare_runs(recorders, settings, out or Path(COMPARISON))
+            page = _compare_runs(recorders, settings, out or resolve_path(COMPARISON))
     print(page)
     return 0
 

@@ -10,7 +10,6 @@ from qtorch.cli.compose import LOCAL, check_runner, compose_settings
 from qtorch.cli.guard import configure_process, handle_stop_signals
 from qtorch.cli.tables.tasks import model_name
 from qtorch.core.errors import format_count
-from qtorch.trainer.segments import resolve_segments
 
 if TYPE_CHECKING:
     from qtorch.study.rolling import RollingResult
@@ -54,7 +53,7 @@ def _run_study(settings: dict[str, Any]) -> RollingResult:
 
     trainer = _create_trainer(settings)
     return rolling_study(
-        resolve_segments(settings["task"]),
+        settings["task"],
         trainer,
         step=settings["step"],
         rtype=settings["rtype"],

@@ -14,7 +14,7 @@ from qtorch.cli.guard import configure_process
 from qtorch.cli.options import parse_bool, parse_known_options
 from qtorch.core.errors import ArgumentError, ConfigError, printable_text, unknown_name_message
 from qtorch.core.secrets import redact_urls
-from qtorch.core.session import init
+from qtorch.core.session import set_defaults
 from qtorch.tracking.lookup import select_store
 from qtorch.tracking.store_types import NotInStoreError
 
@@ -90,7 +90,7 @@ def select_store_of_sweep(name: str) -> None:
         return
     uri = find_sweep_uri(name)
     if uri is not None:
-        init(tracking_uri=uri)
+        set_defaults(tracking_uri=uri)
     elif not has_store:
         raise ConfigError(
             f"sweep {name!r} not found: this folder has no tracking store. Change to the sweep's "

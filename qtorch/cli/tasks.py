@@ -21,6 +21,7 @@ from qtorch.cli.options import (
 from qtorch.cli.tables import tasks as task_tables
 from qtorch.cli.tables.tasks import model_name, task_counts_text
 from qtorch.core.errors import ConfigError, format_count, printable_text, unknown_name_message
+from qtorch.core.session import resolve_path
 from qtorch.task.definition import Task
 from qtorch.task.manager import TaskManager
 from qtorch.task.stores.base import STATUSES, URL_FORMS
@@ -162,7 +163,7 @@ def _export(manager: TaskManager, words: Sequence[str], options: dict[str, Any])
     if out is None:
         print(json.dumps(tasks, indent=1))
         return 0
-    path = Path(out).expanduser()
+    path = resolve_path(out)
     is_csv = path.suffix == ".csv"
     text = task_tables.csv_text(tasks) if is_csv else json.dumps(tasks, indent=1)
     path.write_text(text, errors="backslashreplace")  # the definitions may contain any text

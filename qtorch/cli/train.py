@@ -25,7 +25,7 @@ from qtorch.cli.jobs.sweep_command import (
 )
 from qtorch.cli.launchers.plugins import register_plugins
 from qtorch.cli.launchers.slurm import requeue_slurm_job
-from qtorch.cli.overrides import redact_output, redact_overrides, replace_config_writer
+from qtorch.cli.overrides import expand_home, redact_output, redact_overrides, replace_config_writer
 from qtorch.cli.tables.console import print_table
 from qtorch.cli.tables.jobs import jobs_table
 from qtorch.core.errors import format_count, printable_text
@@ -68,7 +68,7 @@ def _run_jobs(argv: Sequence[str]) -> BaseException | int | None:
 
 def _run_hydra(argv: Sequence[str]) -> BaseException | int | None:
     with (
-        redact_overrides(argv) as words,
+        redact_overrides(expand_home(argv)) as words,
         _patch_arguments(words),
         handle_stop_signals(),
         translate_hydra_errors(words),

@@ -16,6 +16,7 @@ from qtorch.cli.options import parse_bool, parse_count, parse_options, parse_sec
 from qtorch.cli.tables.tasks import task_counts_text, total_counts
 from qtorch.core.errors import ConfigError, printable_text
 from qtorch.core.secrets import redact_urls
+from qtorch.core.session import resolve_path
 from qtorch.task.devices import device_names
 from qtorch.task.manager import TaskManager
 from qtorch.task.stores.base import URL_FORMS
@@ -131,9 +132,9 @@ def _log_folder(folder_name: str | None, pool: str | None) -> Path | None:
         return None
     timestamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     folder = (
-        Path(folder_name)
+        resolve_path(folder_name)
         if folder_name
-        else Path("outputs", f"worker_{pool}_{timestamp}_{os.getpid()}")
+        else resolve_path(f"outputs/worker_{pool}_{timestamp}_{os.getpid()}")
     )
     folder.mkdir(parents=True, exist_ok=True)
     return folder

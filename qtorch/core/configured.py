@@ -53,6 +53,10 @@ class Configured(metaclass=ConfiguredMeta):
         self._arguments = _flatten_arguments(signature, bound_arguments)
         return self
 
+    def __repr__(self) -> str:
+        arguments = (f"{k}={v!r:.80}" for k, v in getattr(self, "_arguments", {}).items())
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
     def to_config(self) -> dict[str, Any]:
         """Return `{"_target_": import path of the class, argument: plain value, ...}`.
 
@@ -103,6 +107,22 @@ def plain_value(value: Any, location: str = "value") -> Any:
     object; the message names its `location`.
     """
     return convert_tree(value, _plain_part, location)
+
+
+def describe_value(value: Any) -> Any:
+    """Convert a value to plain data for a reader: an object without a configuration is its name."""
+    return convert_tree(value, _describe_part)
+
+
+def _describe_part(value: Any, location: str) -> Any:
+    if isinstance(value, Configured):
+        try:
+            return value.to_config()
+        except ConfigError:
+            return {"_target_": import_path(type(value)), **value._arguments}
+    if is_plain_scalar(value) or isinstance(value, Mapping | list | tuple):
+        return value
+    return getattr(value, "__qualname__", None) or f"<{type(value).__qualname__}>"
 
 
 def _plain_part(value: Any, location: str) -> Any:

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import TypeAlias
 
+from qtorch.core.session import resolve_path
+
 Signature: TypeAlias = tuple[int, ...]
 
 # A file may change again without a new time stamp while its last change is as recent as this
@@ -41,7 +43,7 @@ def file_digest(path: str | Path | os.DirEntry[str]) -> bytes:
 def digest_text(path: str | Path) -> str:
     """Return the digest as text, `missing` if there is no such file."""
     try:
-        return file_digest(Path(path).expanduser()).hex()
+        return file_digest(resolve_path(path)).hex()
     except FileNotFoundError:
         return "missing"
 

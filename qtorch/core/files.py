@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qtorch.core.errors import FileLockError
+from qtorch.core.session import resolve_path
 
 PARTIAL_SUFFIX = ".part"
 
@@ -19,8 +20,8 @@ def cache_folder() -> Path:
     """Return the cache folder: QTORCH_CACHE, else $XDG_CACHE_HOME/qtorch or ~/.cache/qtorch."""
     folder = os.environ.get("QTORCH_CACHE")
     if folder:
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qtorch"
+        return resolve_path(folder)
+    return resolve_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "qtorch"
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlparse
 from qtorch.core.configured import Configured, check_arguments, constructor_signature
 from qtorch.core.errors import ArgumentError, ConfigError
 from qtorch.core.plain import resolve_config as resolve_config
+from qtorch.core.session import resolve_path
 from qtorch.core.trust import load_pickle, locate
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,15 @@ def get_callable_kwargs(
         )
     module = config.get("module_path") or default_module
     return _import_callable(config[key], module), dict(config.get("kwargs") or {})
+
+
+def check_config(config: Any, default_module: str | ModuleType | None = None) -> None:
+    """Import what a configuration names and check its arguments, without building it.
+
+    Its nested configurations are not checked. Raises ConfigError (ArgumentError for an argument
+    that is unknown) with the nearest valid name.
+    """
+    _check_arguments(*get_callable_kwargs(config, default_module))
 
 
 def _import_callable(name: Any, module: str | ModuleType | None) -> Callable[..., Any]:
@@ -249,7 +259,7 @@ def _uri_path(uri: str) -> Path:
 
 
 def _require_file(path: Path) -> Path:
-    full = path.expanduser()
+    full = resolve_path(path)
     if not full.is_file():
         raise ConfigError(f"cannot load an object from {str(path)!r}: no such file.")
     return full

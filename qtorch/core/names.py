@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.session import resolve_path
 
 
 def import_path(obj: Any) -> str:
@@ -87,12 +88,12 @@ def file_module_name(path: str | Path) -> str:
     It contains a hash of the full path: two files called model.py are two modules, and stored
     objects find their module again.
     """
-    full = Path(path).expanduser().resolve()
+    full = resolve_path(path).resolve()
     return f"{full.stem}_{hashlib.sha256(str(full).encode()).hexdigest()[:8]}"
 
 
 def _module_of_file(path: Path) -> ModuleType:
-    full, name = path.expanduser().resolve(), file_module_name(path)
+    full, name = resolve_path(path).resolve(), file_module_name(path)
     if not full.is_file():
         raise ConfigError(f"cannot load a module from {str(path)!r}: no such file.")
     if name in sys.modules:

@@ -7,12 +7,13 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.secrets import redact_urls
+from qtorch.core.session import Session, set_defaults
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHOW_AFTER_SECONDS = 2.0
+CONSOLE = "qtorch console"  # the name of the handler that shows the log
 
 
 def seed_everything(seed: int) -> None:
@@ -82,12 +84,41 @@ class RedactingFormatter(logging.Formatter):
         return redact_urls(super().format(record))
 
 
-def configure_logging(level: int | str = logging.INFO) -> None:
-    """Write qtorch's log to stderr (with rich on a terminal); repeated calls change the level."""
+def is_file_only(record: logging.LogRecord) -> bool:
+    """Whether a log record is for a run's log file only: a progress bar shows the same."""
+    return getattr(record, "file_only", False)
+
+
+def show_log(level: int | str = logging.INFO) -> None:
+    """Show qtorch's log in the user's own handlers, or else as the commands do."""
     logger = logging.getLogger("qtorch")
-    logger.setLevel(level)
-    if logger.handlers:
-        return
+    if _console_handler(logger) is None and logging.root.handlers:
+        logger.setLevel(level)
+    else:
+        configure_logging(level)
+
+
+def configure_logging(level: int | str = logging.INFO) -> None:
+    """Write qtorch's log to stderr; repeated calls change the level.
+
+    On a terminal it is coloured, in a notebook it stands in the output of the cell. Records from
+    INFO on are created whatever the level is, for the log file of a run.
+    """
+    logger = logging.getLogger("qtorch")
+    handler = _console_handler(logger)
+    if handler is None:
+        handler = _create_console_handler()
+        logger.addHandler(handler)
+        logger.propagate = False
+    handler.setLevel(level)
+    logger.setLevel(min(handler.level, logging.INFO))
+
+
+def _console_handler(logger: logging.Logger) -> logging.Handler | None:
+    return next((h for h in logger.handlers if h.name == CONSOLE), None)
+
+
+def _create_console_handler() -> logging.Handler:
     handler: logging.Handler
     if sys.stderr.isatty():
         from rich.logging import RichHandler
@@ -99,12 +130,64 @@ def configure_logging(level: int | str = logging.INFO) -> None:
         )
         handler.setFormatter(RedactingFormatter("%(message)s"))
     else:
-        handler = logging.StreamHandler(sys.stderr)
+        # Notebooks show stderr in red, as if each line was an error.
+        handler = logging.StreamHandler(sys.stdout if is_notebook() else sys.stderr)
         handler.setFormatter(
             RedactingFormatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
         )
-    logger.addHandler(handler)
-    logger.propagate = False
+    handler.set_name(CONSOLE)
+    handler.addFilter(lambda record: not is_file_only(record))
+    return handler
+
+
+def is_notebook() -> bool:
+    """Whether this process is the kernel of a Jupyter notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return hasattr(shell, "kernel")
+
+
+def init(
+    provider_uri: str | Mapping[str, str] | None = None,
+    region: str | None = None,
+    *,
+    tracking_uri: str | None = None,
+    task_url: str | None = None,
+    seed: int | None = None,
+    trusted: Sequence[str] = (),
+    trusted_pickle: bool | None = None,
+    folder: str | None = None,
+    log_level: int | str | None = logging.INFO,
+) -> Session:
+    """Set the defaults of this process, and show qtorch's log: epochs, metrics, run IDs.
+
+    A later call changes only the arguments it passes. From the first call on, relative paths of
+    data and stores start in the folder of that call, whatever folder the process changes to.
+
+    provider_uri: data folder in Qlib's layout, or `{frequency: folder}`.
+    region: "us", "cn" or "tw"; sets the trade unit, the price limit and the bars per year.
+    tracking_uri: URI of the MLflow tracking store.
+    task_url: URL of the task pool's store.
+    seed: default random seed.
+    trusted: packages (or `.py` files) that stored objects and pool tasks may name; a later call
+        adds to them.
+    trusted_pickle: whether pickles may be loaded; each runs the code that its author put into it.
+    folder: where relative paths start; default: the folder of the first call.
+    log_level: of the log on the terminal; None leaves Python's logging as it is. A program that
+        has handlers of its own (`logging.basicConfig`) gets the log there.
+    """
+    if log_level is not None:
+        show_log(log_level)
+    return set_defaults(
+        provider_uri=provider_uri,
+        region=region,
+        tracking_uri=tracking_uri,
+        task_url=task_url,
+        seed=seed,
+        trusted=trusted,
+        trusted_pickle=trusted_pickle,
+        folder=folder,
+    )
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

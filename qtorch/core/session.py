@@ -63,43 +63,15 @@ def session() -> Session:
     return _local.get() or _process
 
 
-def init(
-    provider_uri: str | Mapping[str, str] | None = None,
-    region: str | None = None,
-    *,
-    tracking_uri: str | None = None,
-    task_url: str | None = None,
-    seed: int | None = None,
-    trusted: Sequence[str] = (),
-    trusted_pickle: bool | None = None,
-    folder: str | None = None,
+def set_defaults(
+    *, trusted: Sequence[str] = (), folder: str | None = None, **changes: Any
 ) -> Session:
-    """Set the defaults of this process; a later call changes only the arguments it passes.
-
-    From the first call on, relative paths of stores start in the folder of that call, whatever
-    folder the process changes to.
-
-    provider_uri: data folder in Qlib's layout, or `{frequency: folder}`.
-    region: "us", "cn" or "tw"; sets the trade unit, the price limit and the bars per year.
-    tracking_uri: URI of the MLflow tracking store.
-    task_url: URL of the task pool's store.
-    seed: default random seed.
-    trusted: packages (or `.py` files) that stored objects and pool tasks may name; a later call
-        adds to them.
-    trusted_pickle: whether pickles may be loaded; each runs the code that its author put into it.
-    folder: where relative paths of stores start; default: the folder of the first call.
-    """
+    """Set defaults of this process; None leaves one as it is. `qtorch.init` describes them."""
     global _process
     packages = (trusted,) if isinstance(trusted, str) else tuple(trusted)
-    changes = {
-        "provider_uri": provider_uri,
-        "region": region,
-        "tracking_uri": tracking_uri,
-        "task_url": task_url,
-        "seed": seed,
+    changes |= {
         "trusted": (*_process.trusted, *packages) if packages else None,
-        "trusted_pickle": trusted_pickle,
-        "folder": folder or _process.folder or os.environ.get(FOLDER_VARIABLE) or os.getcwd(),
+        "folder": folder or _process.folder or _start_folder(),
     }
     _process = _apply_changes(_process, {k: v for k, v in changes.items() if v is not None})
     return _process
@@ -121,8 +93,12 @@ def resolve_path(path: str | Path) -> Path:
     A relative path starts where the command began, or where `init` was first called; without
     either, in the current folder. `~` is the home folder.
     """
-    start = session().folder or os.environ.get(FOLDER_VARIABLE) or os.getcwd()
-    return Path(start, Path(path).expanduser())
+    return Path(session().folder or _start_folder(), Path(path).expanduser())
+
+
+def _start_folder() -> str:
+    """Return the folder in which the command began, or else the current one."""
+    return os.environ.get(FOLDER_VARIABLE) or os.getcwd()
 
 
 def get_trusted_packages() -> tuple[str, ...]:
@@ -156,5 +132,8 @@ def _apply_changes(base: Session, changes: dict[str, Any]) -> Session:
         check_name("option of init", name, valid)
     check_name("region", changes.get("region", "us"), REGIONS)
     if changes.get("provider_uri") is not None:
-        changes["provider_uri"] = map_paths(os.path.expanduser, changes["provider_uri"])
+        start = changes.get("folder") or base.folder or _start_folder()
+        changes["provider_uri"] = map_paths(
+            lambda path: str(Path(start, Path(path).expanduser())), changes["provider_uri"]
+        )
     return replace(base, **changes)

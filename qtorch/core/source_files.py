@@ -16,6 +16,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
+from qtorch.core.session import resolve_path
+
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 INSTALLED_FOLDERS = {"site-packages", "dist-packages"}
 EXCLUDED_FOLDERS = (Path(sysconfig.get_path("stdlib")).resolve(), PACKAGE_FOLDER)
@@ -68,7 +70,7 @@ def find_user_modules(name: str) -> Iterator[tuple[str, Path | None]]:
     Yields nothing if there is no such module, and for modules of qtorch and installed packages.
     """
     if name.endswith(".py"):
-        path = Path(name).expanduser()
+        path = resolve_path(name)
         if path.is_file():
             yield name, path.resolve()
         return

@@ -32,7 +32,7 @@ from typing import Any, Self, TypeVar
 
 from qtorch.core.errors import DataError, TrustError
 from qtorch.core.names import current_name, file_module_name, import_object, load_module
-from qtorch.core.session import TRUSTED_VARIABLE, get_trusted_packages, trusts_pickles
+from qtorch.core.session import TRUSTED_VARIABLE, get_trusted_packages, resolve_path, trusts_pickles
 
 # Packages that stored text may name without being trusted by the user, if the object is of one of
 # the kinds below. Importing any of their modules does nothing but define names.
@@ -211,7 +211,7 @@ def _load_trusted_packages() -> tuple[str, ...]:
     """Return the user's trusted packages; trusted `.py` files are loaded and named as modules."""
     names = []
     for name in get_trusted_packages():
-        if name.endswith(".py") and Path(name).expanduser().is_file():
+        if name.endswith(".py") and resolve_path(name).is_file():
             load_module(name)
             names.append(file_module_name(name))
         else:

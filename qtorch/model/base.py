@@ -10,11 +10,14 @@ import pandas as pd
 from qtorch.core.configured import Configured
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.core.serial import Serializable
+from qtorch.core.terminal import html_curves, html_summary
 from qtorch.core.trust import trust_subclasses
 
 if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder
 
+# Entries of `fit_report_`.
+SHOWN_IN_NOTEBOOKS = ("parameters", "samples", "epochs", "best_epoch", "monitor", "best_value")
 SCORE = "score"  # the name of the Series that predict returns
 
 
@@ -28,6 +31,20 @@ class BaseModel(Serializable, Configured, ABC):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.predict(*args, **kwargs)
+
+    def _repr_html_(self) -> str:
+        """Show the arguments in a notebook, and after `fit` the training and its curves."""
+        report = getattr(self, "fit_report_", {}) or {}
+        facts = {**self._arguments, **{k: report[k] for k in SHOWN_IN_NOTEBOOKS if k in report}}
+        results: dict[str, dict[str, list[float]]] = getattr(self, "evals_result_", {}) or {}
+        names = dict.fromkeys(name for curves in results.values() for name in curves)
+        parts = [
+            html_curves({f"{s}/{n}": curves[n] for s, curves in results.items() if n in curves})
+            for n in names
+            if any(len(curves.get(n, ())) > 1 for curves in results.values())
+        ]
+        title = type(self).__name__ if report else f"{type(self).__name__} (not fitted)"
+        return html_summary(title, facts, *parts)
 
     @classmethod
     def _from_stored_config(cls, config: Any) -> Self:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,26 @@ from torch import nn
 
 from qtorch.core.identity import digest
 from qtorch.core.runtime import seed_everything
+from qtorch.core.session import resolve_path
 from qtorch.data.dataset.samples import Samples
 from qtorch.model.devices.numerics import numerical_settings
 from qtorch.model.devices.ranks import RanksStopped, check_devices, fit_on_ranks
 from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.checkpoint import (
     LAST,
-    CheckpointCallback,
     find_resume_checkpoint,
     preserve_generators,
     remove_leftovers,
 )
-from qtorch.model.loop.curves import name_curves
+from qtorch.model.loop.curves import NamedCurves, name_curves
 from qtorch.model.loop.interruption import Interruption, StopTraining, TrainingInterrupted
 from qtorch.model.loop.training import FitResult as FitResult
 from qtorch.model.loop.training import Recipe as Recipe
 from qtorch.model.loop.training import Training, quiet_lightning, training_identity
+from qtorch.model.network_description import describe_network
 from qtorch.tracking.recorder import TrainingRecorder
+
+log = logging.getLogger(__name__)
 
 
 def fit_network(
@@ -65,10 +69,15 @@ def fit_network(
         if tuning is not None:
             network = tuning.prepare_network(network)
             start = digest({"start": start, "tuning": tuning.description})
+        log.info("%s", describe_network(network))
         identity = training_identity(network, train, valid, recipe, start)
-        with _checkpoint_folder(recipe, recorder) as folder:
+        with ExitStack() as stack:
+            folder = stack.enter_context(_checkpoint_folder(recipe, recorder))
             kind = "fit" if tuning is None else "finetune"
             recorder = name_curves(recorder, folder, kind, identity)
+            if folder is not None and isinstance(recorder, NamedCurves):
+                # The first training of a run has the folder, a later one a folder in it.
+                folder = stack.enter_context(_hold_folder(folder / recorder.name))
             checkpoint = find_resume_checkpoint(resume, folder, identity)
             if recipe.trainer.num_devices > 1:
                 with _convert_interruption(folder, recorder):
@@ -93,8 +102,8 @@ def fit_network(
                 optimizer_state,
                 keeps_folder=recorder is not None or recipe.checkpoint.get("dir") is not None,
             )
-            checkpoint_callback = training.prepare(folder, identity, interruption, recorder)
-            with _convert_interruption(folder, recorder, checkpoint_callback):
+            training.prepare(folder, identity, interruption, recorder)
+            with _convert_interruption(folder, recorder, training, checkpoint):
                 training.run(checkpoint)
         result = training.result(checkpoint)
         training.release_memory()
@@ -105,7 +114,8 @@ def fit_network(
 def _convert_interruption(
     folder: Path | None,
     recorder: TrainingRecorder | None,
-    checkpoint_callback: CheckpointCallback | None = None,
+    training: Training | None = None,
+    checkpoint: tuple[Path, dict[str, Any]] | None = None,
 ) -> Iterator[None]:
     """Context manager that raises TrainingInterrupted for every orderly stop of a training."""
     try:
@@ -115,9 +125,13 @@ def _convert_interruption(
     except (StopTraining, KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        position = None if checkpoint_callback is None else checkpoint_callback.stop_position
-        num_batches = 0 if checkpoint_callback is None else checkpoint_callback.loader.num_batches
-        raise _build_interruption(position, num_batches, folder, recorder) from None
+        if training is None:
+            raise _build_interruption(None, 0, folder, recorder) from None
+        position, num_batches = training.checkpoint_callback.stop_position, training.num_batches
+        interruption = _build_interruption(position, num_batches, folder, recorder)
+        if training.has_best_weights:
+            interruption.result = training.result(checkpoint)
+        raise interruption from None
 
 
 @contextmanager
@@ -132,7 +146,7 @@ def _checkpoint_folder(recipe: Recipe, recorder: TrainingRecorder | None) -> Ite
         return
     configured_folder = recipe.checkpoint.get("dir")
     if configured_folder is not None:
-        folder = Path(configured_folder)
+        folder = resolve_path(configured_folder)
     elif recorder is not None:
         folder = Path(recorder.checkpoint_dir())
     else:
@@ -140,6 +154,13 @@ def _checkpoint_folder(recipe: Recipe, recorder: TrainingRecorder | None) -> Ite
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
         return
+    with _hold_folder(folder):
+        yield folder
+
+
+@contextmanager
+def _hold_folder(folder: Path) -> Iterator[Path]:
+    """Create the folder of a training, and remove what killed processes have left in it."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, is_finished=False)
     is_finished = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from qtorch.core.configured import plain_value
-from qtorch.core.errors import NotFittedError, check_name
+from qtorch.core.errors import DataError, NotFittedError, check_name
 from qtorch.core.names import import_path
 from qtorch.core.plain import resolve_config
 from qtorch.core.serial import State
 from qtorch.core.session import session
+from qtorch.data.dataset.batches import ORDERS
 from qtorch.data.dataset.qlib_dataset import check_disjoint_days, get_samples
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import BaseLoss
@@ -39,23 +42,41 @@ from qtorch.model.input_schema import (
     has_valid_segment,
     load_training_samples,
 )
-from qtorch.model.loop.factories import build_loss, component_list, with_learning_rate
+from qtorch.model.loop.day_label import build_day_label
+from qtorch.model.loop.factories import (
+    build_loss,
+    check_optimizer,
+    component_list,
+    with_learning_rate,
+)
+from qtorch.model.loop.interruption import TrainingInterrupted
 from qtorch.model.loop.module import get_module_class
 from qtorch.model.loop.options import (
     build_early_stopping,
+    check_callbacks,
+    check_monitor,
     check_validation,
+    resolve_inner_steps,
     trainer_device,
     trainer_options,
 )
+from qtorch.model.loop.schedules import scheduler_plan
 from qtorch.model.loop.scoring import evaluation_batch_size, get_readout, score_series
-from qtorch.model.network_config import build_network, complete_network_config, network_config
+from qtorch.model.network_config import (
+    build_network,
+    complete_network_config,
+    is_lightning_module,
+    network_config,
+)
 from qtorch.model.nonfinite import check_scores, check_weights
 from qtorch.model.state import extract_tensors, insert_tensors, replace_nonfinite, restore_nan
 from qtorch.tracking.recorder import current_recorder, tag_lineage
+from qtorch.tracking.run_description import describe_run
 
 if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder
 
+log = logging.getLogger(__name__)
 
 # Prefixes of tensors that are not weights of the network. No module name can contain "@".
 STATISTICS_PREFIX, OPTIMIZER_PREFIX = "@statistics.", "@optimizer."
@@ -194,14 +215,17 @@ class LightningModel(ModelFT):
         runs after a checkpoint is saved.
 
         Ctrl-C stops after the current step, saves a checkpoint and raises TrainingInterrupted (a
-        KeyboardInterrupt); a second Ctrl-C stops at once. Raises DataError if there is nothing to
-        learn from or a weight ends as NaN or infinite, and ConfigError for invalid settings (such
-        as an `init_from` whose run does not exist or has no matching weight; the message lists the
-        shapes).
+        KeyboardInterrupt), whose message says how to resume; the model then has the best weights so
+        far, if there was a validation on one device. A second Ctrl-C stops at once. Raises
+        DataError if there is nothing to learn from or a weight ends as NaN or infinite, and
+        ConfigError for invalid settings (such as an `init_from` whose run does not exist or has no
+        matching weight; the message lists the shapes).
         """
+        self.check_settings()
         recipe = self._build_recipe()
         device = trainer_device(recipe.trainer)
         run = current_recorder() if recorder is None else recorder
+        describe_run(run, self, dataset)
         initial = None if self.init_from is None else InitialWeights.load(self.init_from, run)
         train, valid = self._load_samples(dataset, reweighter, recipe, initial)
         loss, num_outputs = build_loss(self.loss), None
@@ -213,22 +237,47 @@ class LightningModel(ModelFT):
             network = build_network(config)
             return network if initial is None else initial.apply(network)
 
+        def store_result(result: FitResult) -> None:
+            self.network_config_ = config if isinstance(config, dict) else None
+            self.input_schema_ = InputSchema.from_samples(train)
+            if initial is not None:
+                result.report["init_from"] = initial.description
+            self._store_result(result, recipe, dataset)
+
         self.network_config_ = None
-        result = fit_network(
-            make_network,
-            train,
-            valid,
-            recipe,
-            device=device,
-            recorder=run,
-            resume=resume,
-            start="fresh" if initial is None else initial.digest,
-        )
-        self.network_config_ = config if isinstance(config, dict) else None
-        self.input_schema_ = InputSchema.from_samples(train)
-        if initial is not None:
-            result.report["init_from"] = initial.description
-        self._store_result(result, recipe, dataset)
+        with _keep_best_weights(store_result):
+            result = fit_network(
+                make_network,
+                train,
+                valid,
+                recipe,
+                device=device,
+                recorder=run,
+                resume=resume,
+                start="fresh" if initial is None else initial.digest,
+            )
+        store_result(result)
+
+    def check_settings(self, *, check_device: bool = True) -> None:
+        """Raise ConfigError for settings that no training can use, before there are data.
+
+        `check_device`: the trainer's accelerator and devices are those of this machine.
+        """
+        options = trainer_options(self.trainer, self.callbacks)
+        check_validation(self.early_stop, self.monitor, options)
+        check_name("order", self.batch["order"], ORDERS)
+        resolve_inner_steps(self.inner_steps, options, 1)
+        if check_device:
+            trainer_device(options)
+        if is_lightning_module(self.network):
+            return  # it has its own loss and optimizer, and logs what it is judged by
+        build_loss(self.loss)
+        check_optimizer(self.optimizer)
+        scheduler_plan(self.scheduler)
+        build_day_label(self.day_label)
+        get_module_class(self.module)
+        check_monitor(build_early_stopping(self.early_stop, self.monitor)[1])
+        check_callbacks(options)
 
     def finetune(
         self,
@@ -293,17 +342,18 @@ class LightningModel(ModelFT):
             tag_lineage(run, self._source_recorder)
         device = trainer_device(recipe.trainer)
         samples = self._load_samples(dataset, reweighter, recipe, self.input_schema_)
-        result = fit_network(
-            partial(build_network, network),
-            *samples,
-            recipe,
-            device=device,
-            recorder=run,
-            resume=resume,
-            start=weights_digest(network),
-            tuning=tuning,
-            optimizer_state=state,
-        )
+        with _keep_best_weights(lambda result: self._store_result(result, recipe, dataset)):
+            result = fit_network(
+                partial(build_network, network),
+                *samples,
+                recipe,
+                device=device,
+                recorder=run,
+                resume=resume,
+                start=weights_digest(network),
+                tuning=tuning,
+                optimizer_state=state,
+            )
         self._store_result(result, recipe, dataset)
 
     def _load_samples(
@@ -485,6 +535,23 @@ class LightningModel(ModelFT):
     def on_load(self, recorder: Recorder) -> None:
         """Remember the run that this model was loaded from; fine-tuning names it in its tags."""
         self._source_recorder = recorder
+
+
+@contextmanager
+def _keep_best_weights(store_result: Callable[[FitResult], None]) -> Iterator[None]:
+    """Give an interrupted training's best weights to its model before the interruption goes on."""
+    try:
+        yield
+    except TrainingInterrupted as stop:
+        if stop.result is not None:
+            try:
+                store_result(stop.result)
+            except DataError as error:
+                log.warning("the weights so far are not kept: %s", error)
+            else:
+                epoch = stop.result.report["best_epoch"]
+                stop.args = (f"{stop} The model has the best weights so far, of epoch {epoch}.",)
+        raise
 
 
 def _merge_options(

@@ -7,11 +7,12 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pytorch_lightning as pl
 from torch import nn
 
 from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError, unknown_name_message
-from qtorch.core.instantiate import get_callable_kwargs, init_instance_by_config
+from qtorch.core.instantiate import check_config, get_callable_kwargs, init_instance_by_config
 from qtorch.core.names import import_path
 from qtorch.data.dataset.samples import Samples
 from qtorch.nn.network import Network
@@ -63,6 +64,18 @@ def complete_network_config(
     if isinstance(spec, Mapping):
         options = {k: spec[k] for k in ("_args_", "_recursive_") if k in spec}
     return {"_target_": import_path(target), **options, **arguments}
+
+
+def is_lightning_module(spec: Any) -> bool:
+    """Whether a network is a LightningModule with a training loop of its own.
+
+    Raises ConfigError for a configuration whose class or argument does not exist.
+    """
+    if isinstance(spec, nn.Module):
+        return isinstance(spec, pl.LightningModule)
+    check_config(spec, NETWORK_MODULE)
+    target = get_callable_kwargs(spec, NETWORK_MODULE)[0]
+    return isinstance(target, type) and issubclass(target, pl.LightningModule)
 
 
 def _column_positions(

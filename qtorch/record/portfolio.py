@@ -11,7 +11,7 @@ import pandas as pd
 
 from qtorch.backtest.result import BacktestResult, period_name, resample_indicators, resample_report
 from qtorch.backtest.run import backtest
-from qtorch.backtest.strategy import Strategy
+from qtorch.backtest.strategy import Strategy, TopkDropoutStrategy
 from qtorch.core.errors import AuditError, ConfigError, LoadObjectError, RecordError, check_name
 from qtorch.core.instantiate import fill_placeholder, flatten_dict, resolve_config
 from qtorch.core.session import session
@@ -150,6 +150,26 @@ class PortAnaRecord(Record):
         names = [f"{kind}_normal_{self.freq}.pkl" for kind in ("report", "positions", "indicators")]
         names += [f"port_analysis_{freq}.pkl" for freq in self.risk_freqs]
         return names + [f"indicator_analysis_{freq}.pkl" for freq in self.indicator_freqs]
+
+    def check_universe(self, num_instruments: int) -> None:
+        """Raise ConfigError if the strategy is to hold more instruments than there are scores of.
+
+        The backtest raises the same error, but after the training.
+        """
+        if isinstance(self.strategy, TopkDropoutStrategy):
+            topk = self.strategy.topk
+        elif isinstance(self.strategy, Mapping):
+            name = str(self.strategy.get("_target_", self.strategy.get("class", "")))
+            options = self.strategy if "_target_" in self.strategy else self.strategy.get("kwargs")
+            is_topk = name.rpartition(".")[2] == TopkDropoutStrategy.__name__
+            topk = (options or {}).get("topk") if is_topk else None
+        else:
+            return
+        if isinstance(topk, int) and topk > num_instruments:
+            raise ConfigError(
+                f"topk={topk} is more than the {num_instruments} instruments of the test segment: "
+                "set a smaller one (portfolio.topk=...)."
+            )
 
     # -- the backtest ----------------------------------------------------------------------------
 

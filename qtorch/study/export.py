@@ -20,6 +20,7 @@ import qtorch
 from qtorch.core.errors import ConfigError, DataError, ExportError, unknown_name_message
 from qtorch.core.file_digest import PLACEHOLDER, check_digest, insert_digest
 from qtorch.core.files import atomic_write
+from qtorch.core.session import resolve_path
 from qtorch.core.trust import as_stored_text
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.qlib_dataset import get_samples
@@ -86,7 +87,7 @@ def export_model(
     score (at least 0.1), it raises ExportError and leaves no file. Raises ConfigError for a model
     without a network, or whose network the format cannot represent.
     """
-    path = Path(path).expanduser()
+    path = resolve_path(path)
     file_format = format or _guess_format(path)
     if file_format not in SUFFIXES:
         raise ConfigError(unknown_name_message("format", file_format, SUFFIXES))
@@ -125,7 +126,7 @@ def load_network(path: str | Path) -> nn.Module:
     The class names in the file must be trusted. Raises DataError for a damaged file and any other
     one.
     """
-    return _load_network_bytes(Path(path).expanduser().read_bytes(), str(path))
+    return _load_network_bytes(resolve_path(path).read_bytes(), str(path))
 
 
 def _guess_format(path: Path) -> str:

@@ -29,13 +29,12 @@ from qtorch.task.rolling import (
 )
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import PARENT_TAG, Recorder
+from qtorch.trainer.checks import check_task, record_class, record_list
 from qtorch.trainer.failure import get_error, record_failure
 from qtorch.trainer.run import (
     complete_task,
     loggable_task,
     make_records,
-    record_class,
-    record_list,
 )
 from qtorch.trainer.trainers import Trainer, TrainerR
 
@@ -98,6 +97,8 @@ def rolling_study(
     the metric `window.IC`. Raises StudyError if windows failed; their runs, and the study's run,
     store the reason.
     """
+    # The stitched signal stands for the scores of a SignalRecord.
+    check_task({**task, "record": _add_signal_record(task.get("record"))}, check_device=False)
     base = complete_task(task)
     tasks = rolling_tasks(
         base,
@@ -170,10 +171,13 @@ def _train_windows(
 
 
 def _tag_window(recorder: Recorder, parent: Recorder, number: int, task: Mapping[str, Any]) -> None:
-    """Make a window's run a child of the study's run, with its number and test span as tags."""
+    """Make a window's run a child of the study's run, with its number and test span."""
     start, end = task_segments(task)[TEST]
     tags = {PARENT_TAG: parent.id, WINDOW_TAG: number, SPAN_TAG: f"{start}..{end}"}
     recorder.set_tags(**tags)
+    span = f"{str(start)[:10]}..{str(end)[:10]}"
+    if span not in str(recorder.name):
+        recorder.rename(f"{recorder.name} {span}")
 
 
 def _check_statuses(

@@ -158,7 +158,9 @@ def _run_with_claim(runs: _EarlierRuns, earlier: RunRow | None, *names: str | No
             if recorder is not None:
                 log.info("used the training of run %s (%s)", row.id, runs.inputs.describe())
                 return JobOutcome(recorder, RECORDS_ONLY, runs.inputs.describe())
-        return JobOutcome(task_train(task, *names, on_fitted=partial(_tag_fit, task)), TRAINED)
+        # A job that fails has a run, by which a repeated command knows that it has failed.
+        recorder = task_train(task, *names, on_fitted=partial(_tag_fit, task), check_first=False)
+        return JobOutcome(recorder, TRAINED)
 
 
 def _resume_run(task: dict[str, Any], member: SweepMember, earlier: RunRow) -> JobOutcome:
@@ -172,7 +174,9 @@ def _resume_run(task: dict[str, Any], member: SweepMember, earlier: RunRow) -> J
         # The tag must not promise a trained model while this attempt replaces it.
         if FIT_TAG in earlier.tags:
             R.get_recorder(recorder_id=earlier.id).delete_tags(FIT_TAG)
-        recorder = task_train(task, run=attempt, on_fitted=partial(_tag_fit, task))
+        recorder = task_train(
+            task, run=attempt, on_fitted=partial(_tag_fit, task), check_first=False
+        )
     return JobOutcome(recorder, RETRIED if earlier.status == Recorder.STATUS_FA else RESUMED)
 
 

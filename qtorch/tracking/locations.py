@@ -14,6 +14,8 @@ from qtorch.core.session import resolve_path, session
 
 SQLITE = "sqlite:///"
 ARTIFACTS = "artifacts"  # the folder beside a store's file, and that of each run in it
+LOCAL_PORT = 5000
+LOCAL_SERVER = f"http://127.0.0.1:{LOCAL_PORT}"
 ALLOW_FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
 NAMED_STORES = ("databricks", "databricks-uc", "uc")  # MLflow's URIs that are bare words
 
@@ -81,6 +83,15 @@ def find_artifacts(uri: str, artifact_uri: str) -> str:
     return str(moved) if is_moved else artifact_uri
 
 
+def run_page(uri: str, experiment_id: str, run_id: str) -> str:
+    """Return the address of a run's page with its curves, for a local store on LOCAL_SERVER.
+
+    The page of an experiment opens on traces in MLflow 3, which a training has none of.
+    """
+    server = redact_urls(uri) if uri.startswith(("http://", "https://")) else LOCAL_SERVER
+    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}/model-metrics"
+
+
 def local_folder(artifact_uri: str | None) -> Path | None:
     """Return the local folder of a run's artifact URI, None if it is on another machine."""
     if not artifact_uri:
@@ -94,7 +105,7 @@ def local_folder(artifact_uri: str | None) -> Path | None:
 def outbox_folder() -> Path:
     """Return the folder for unconfirmed entries: QTORCH_OUTBOX, else one in the cache folder."""
     folder = os.environ.get("QTORCH_OUTBOX")
-    return Path(folder).expanduser() if folder else cache_folder() / "outbox"
+    return resolve_path(folder) if folder else cache_folder() / "outbox"
 
 
 def claims_folder(tracking_uri: str) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qtorch.core.errors import check_name, join_names
-from qtorch.core.session import init, resolve_path, session
+from qtorch.core.session import resolve_path, session, set_defaults
 from qtorch.tracking.locations import SQLITE, sqlite_path
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
@@ -38,7 +38,7 @@ def select_store() -> None:
     for parent in folder.parents:
         if (parent / LOCAL_STORE).is_file():
             log.info("using the tracking store of %s", parent)
-            init(tracking_uri=f"{SQLITE}{parent / LOCAL_STORE}")
+            set_defaults(tracking_uri=f"{SQLITE}{parent / LOCAL_STORE}")
             return
     raise NotInStoreError(
         f"there is no tracking store in {folder} ({LOCAL_STORE}) or a folder above it. Change to "

@@ -26,11 +26,12 @@ from urllib.parse import urlsplit
 
 import mlflow.store.db_migrations
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunStatus, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
 from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.rest_utils import http_request
 
 from qtorch.core.errors import TrackingError
@@ -296,6 +297,20 @@ class MLflowStore:
             [RunTag(k, v) for k, v in (tags or {}).items()],
         )
         self._call(f"log to the run {run_id}", lambda: self.client.log_batch(run_id, *entities))
+
+    def rename_run(self, run_id: str, name: str) -> None:
+        """Change the name of a run."""
+        self._call(f"rename the run {run_id}", lambda: self.client.update_run(run_id, name=name))
+
+    def log_input(
+        self, run_id: str, name: str, digest: str, source: str, profile: str, context: str
+    ) -> None:
+        """Log a dataset as an input of a run."""
+        dataset = Dataset(name, digest, "local", source, profile=profile)
+        inputs = [DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])]
+        self._call(
+            f"log the dataset of the run {run_id}", lambda: self.client.log_inputs(run_id, inputs)
+        )
 
     def history(self, run_id: str, keys: Iterable[str]) -> dict[str, dict[int, float]]:
         """Return `{key: {step: value}}`; of several values of a step the newest."""

@@ -25,6 +25,7 @@ from qtorch.core.errors import (
     check_name,
 )
 from qtorch.core.secrets import redact_urls
+from qtorch.core.terminal import html_curves, html_link, html_summary
 from qtorch.tracking.artifacts import RunFiles
 from qtorch.tracking.delivery import (
     ATTEMPT_TAG,
@@ -35,8 +36,9 @@ from qtorch.tracking.delivery import (
     add_undelivered_run,
     send_outbox,
 )
-from qtorch.tracking.locations import resolve_uri
+from qtorch.tracking.locations import resolve_uri, run_page
 from qtorch.tracking.provenance import command_line, git_changes, qtorch_environment, source_tags
+from qtorch.tracking.run_log import RUN_LOG, RunLog
 from qtorch.tracking.store_types import (
     MAX_KEY,
     MAX_PARAM,
@@ -138,6 +140,7 @@ class Recorder:
         self._run_files: RunFiles | None = None
         self._stop_monitor: Callable[[], None] | None = None
         self._deactivate: Callable[[], None] | None = None
+        self._run_log: RunLog | None = None
         self._attempt = 1
         if mlflow_run is not None:
             self._load_row(mlflow_run)
@@ -157,6 +160,20 @@ class Recorder:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(info={self.info})"
+
+    def _repr_html_(self) -> str:
+        """Show the run in a notebook: its metrics, its curves and the address of its page."""
+        facts = {"run": self.id, "status": self.status, "started": self.start_time}
+        if self.id is None:
+            return html_summary(f"Recorder {self.name}", facts)
+        metrics = {k: f"{v:.6g}" for k, v in self.list_metrics().items() if "/" not in k}
+        curves = {
+            key: [value for _, value in sorted(self.metric_history(key).items())]
+            for key in ("train/loss", "valid/loss")
+        }
+        parts = [html_curves({k: v for k, v in curves.items() if len(v) > 1})]
+        page = run_page(self.uri, self.experiment_id, self.id)
+        return html_summary(f"Recorder {self.name}", {**facts, **metrics}, *parts, html_link(page))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Recorder) or self.id is None:
@@ -182,6 +199,7 @@ class Recorder:
 
     def __getstate__(self) -> dict[str, Any]:
         process_attributes = ("_ledger", "_sender", "_run_files", "_stop_monitor", "_deactivate")
+        process_attributes += ("_run_log",)
         return {**self.__dict__, **dict.fromkeys(process_attributes), "owner": 0}
 
     @property
@@ -250,6 +268,7 @@ class Recorder:
         self._sender = Sender(self._store, self._run_id, self._attempt)
         self.owner = os.getpid()
         add_running(self)
+        self._run_log = RunLog()
         self._activate(row)
         try:
             self._log_provenance(is_resumed)
@@ -289,7 +308,7 @@ class Recorder:
             self.log_params(**origin)
         with tempfile.TemporaryDirectory() as scratch:
             for name, text in git_changes().items():
-                path = Path(scratch, f"attempt_{self._attempt}_{name}" if is_resumed else name)
+                path = Path(scratch, self._attempt_name(name))
                 path.write_text(text, encoding="utf-8")
                 self._files.save_path(path, None)
 
@@ -314,6 +333,7 @@ class Recorder:
         for undo in (stop_monitor, deactivate):
             if undo is not None:
                 undo()
+        self._save_log(status)
         sender = self._sender or Sender(self._store, run_id, self._attempt)
         self._sender = None
         sender.enqueue([{"status": status, "time": end}])
@@ -327,6 +347,25 @@ class Recorder:
         self.status = status if is_delivered or status != self.STATUS_FI else self.STATUS_R
         if failure is not None and not isinstance(failure, TrackingError):
             raise failure
+
+    def _save_log(self, status: str) -> None:
+        """Save what was logged during the run; an error here must not keep it from ending."""
+        run_log, self._run_log = self._run_log, None
+        if run_log is None:
+            return
+        log.info("run %s (%s) ends: %s", self.id, self.name, status)
+        try:
+            path = run_log.finish(self._attempt_name(RUN_LOG))
+            if path is not None:
+                self._files.save_path(path, None)
+        except (TrackingError, OSError) as error:
+            log.warning("could not save the log of run %s: %s", self.id, error)
+        finally:
+            run_log.delete()
+
+    def _attempt_name(self, name: str) -> str:
+        """Return a file's name in this attempt at the run; a resumed run keeps the earlier ones."""
+        return name if self._attempt == 1 else f"attempt_{self._attempt}_{name}"
 
     def _close_journal(self, journal: Journal, failure: BaseException | None) -> bool:
         """Close the outbox file; return whether it is empty, and if not, say so in the log."""
@@ -376,6 +415,20 @@ class Recorder:
                     warn_once(f"metric {key!r} is {value} at step {new_step} of run {self.id}")
                 entries.append({"metric": key, "value": value, "time": time, "step": new_step})
         self._send(entries)
+
+    def rename(self, name: str) -> None:
+        """Give the run another name."""
+        self._store.rename_run(self._run_id, name)
+        self.name = name
+
+    def log_input(
+        self, name: str, digest: str, *, source: str, profile: str = "", context: str = ""
+    ) -> None:
+        """Log a dataset that the run used, for MLflow's dataset column.
+
+        `digest`: a hash of its content. `context` says for what it was used.
+        """
+        self._store.log_input(self._run_id, name, digest, source, profile, context)
 
     def metric_history(self, key: str) -> dict[int, float]:
         """Return `{step: value}` of a metric, from this process and earlier attempts at the run."""

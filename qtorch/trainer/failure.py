@@ -59,8 +59,9 @@ def record_failure(recorder: Recorder, error: BaseException) -> None:
     """Store the error as the run's tag `error` and its traceback as the artifact `error.txt`.
 
     Each is stored even if the other cannot be. A failing store is only logged, so that the
-    original error is the one raised.
+    original error is the one raised. The run's log ends with it, too.
     """
+    log.error("run %s failed: %s", recorder.id, error_summary(error), extra={"file_only": True})
     for store in (_tag_error, _save_traceback):
         try:
             store(recorder, error)

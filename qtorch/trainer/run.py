@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -11,27 +10,33 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any
 
-from qtorch.core.configured import Configured
+from qtorch.core.configured import describe_value
 from qtorch.core.errors import ConfigError, DataError, TrackingError, unknown_name_message
 from qtorch.core.instantiate import (
     auto_filter_kwargs,
     fill_placeholder,
     flatten_dict,
-    get_callable_kwargs,
     init_instance_by_config,
     resolve_config,
 )
-from qtorch.core.plain import convert_tree, is_plain_scalar
+from qtorch.core.plain import convert_tree
 from qtorch.core.runtime import seed_everything
 from qtorch.core.secrets import complete_tree, has_mask, redact_tree
-from qtorch.core.session import Session, map_paths, session, session_context
-from qtorch.core.trust import check_config_trust
+from qtorch.core.session import Session, map_paths, resolve_path, session, session_context
 from qtorch.process.heartbeat import beat
 from qtorch.tracking.claims import hold_run
 from qtorch.tracking.delivery import send_outbox
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.run_description import log_dataset
 from qtorch.tracking.store_types import NotInStoreError
+from qtorch.trainer.checks import (
+    RECORD_MODULE,
+    build_object,
+    check_segments,
+    check_task,
+    record_list,
+)
 from qtorch.trainer.failure import ERROR_TAG, announce_run, record_failure
 from qtorch.trainer.provenance import (
     DATA_TAG,
@@ -49,11 +54,10 @@ TRACKING_KEY = "tracking"
 INPUTS_FIELD = "inputs"
 TRACKING_FIELDS = ("experiment_name", "recorder_name", "uri", INPUTS_FIELD)
 QLIB_SOURCE = "qtorch.data.source.qlib.QlibSource"
-PATH_ARGUMENTS = {"provider_uri", "path"}  # arguments of data sources that are paths on disk
-RECORD_MODULE = "qtorch.record"
+# Arguments of data sources, loaders and extras that are paths on disk.
+PATH_ARGUMENTS = {"provider_uri", "path", "universes", "config", "table"}
 REGION_RECORDS = {"SigAnaRecord", "PortAnaRecord", "MultiPassPortAnaRecord"}
 TASK = "task"
-TRAIN, TEST = "train", "test"
 # Epochs, seconds, samples per second. These are no metrics, because they are not reproducible.
 FIT_REPORT = "fit_report"
 
@@ -65,6 +69,7 @@ def task_train(
     *,
     run: Mapping[str, Any] | None = None,
     on_fitted: Callable[[Recorder, RunInputs], None] | None = None,
+    check_first: bool = True,
 ) -> Recorder:
     """Train one task in a new run and return the run.
 
@@ -72,8 +77,9 @@ def task_train(
     fitted model as `params.pkl`, the dataset's configuration as `dataset` (without data),
     `environment` (code, packages, device), and the output of the task's records. An error marks
     the run FAILED, is stored in it (tag `error`, `error.txt`) and is raised again; Ctrl-C marks the
-    run KILLED. Data that changes while the model is trained is an error. Corresponds to
-    qlib/model/trainer.py.
+    run KILLED. What a task gets wrong by itself (`check_task`) is raised before there is a run,
+    with `check_first=False` in the run. Data that changes while the model is trained is an error.
+    Corresponds to qlib/model/trainer.py.
 
     `run` (`experiment_id`, `recorder_id`) is the run of an earlier attempt at the same task, which
     is resumed from its last checkpoint; a FINISHED run is returned unchanged. If the data, the code
@@ -83,6 +89,8 @@ def task_train(
     the training and before the records.
     """
     bare_task, tracking = split_tracking(task)
+    if check_first:
+        check_task(bare_task)
     complete = complete_task(bare_task)
     name = experiment_name or tracking.get("experiment_name")
     with _tracking_store(run, tracking):
@@ -115,8 +123,9 @@ def begin_task_train(
     task: Mapping[str, Any], experiment_name: str | None = None, recorder_name: str | None = None
 ) -> Recorder:
     """First phase of training: create a SCHEDULED run that contains the task."""
-    complete, tracking = split_tracking(task)
-    complete = complete_task(complete)
+    bare_task, tracking = split_tracking(task)
+    check_task(bare_task, check_device=False)  # the second phase may be on another machine
+    complete = complete_task(bare_task)
     with _tracking_store(None, tracking):
         R.start_exp(
             experiment_name=experiment_name or tracking.get("experiment_name"),
@@ -169,7 +178,7 @@ def end_task_train(
 
 def collect_task_inputs(task: Mapping[str, Any]) -> RunInputs:
     """Collect what the numbers of a complete task depend on now; the data is not loaded."""
-    return collect_inputs(task, _build(task["dataset"]))
+    return collect_inputs(task, build_object(task["dataset"]))
 
 
 def _find_changes(earlier_run: Recorder, task: Mapping[str, Any] | None = None) -> str:
@@ -322,16 +331,18 @@ def _execute(
     """Fit the model, save it and generate the records."""
     with session_context(seed=task["seed"]):
         seed_everything(task["seed"])
-        check_config_trust(task)
+        check_task(task)
         beat("data")
-        model = _build(task["model"])
-        dataset = _build(task["dataset"])
+        model = build_object(task["model"])
+        dataset = build_object(task["dataset"])
         inputs = collect_inputs(task, dataset)
         recorder.set_tags(**inputs.tags)
+        if inputs.data is not None:
+            log_dataset(recorder, dataset, inputs.data)
         options: dict[str, Any] = {"recorder": recorder}
         if task.get("reweighter") is not None:
-            options["reweighter"] = _build(task["reweighter"])
-        _check_segments(dataset, task.get("record"))
+            options["reweighter"] = build_object(task["reweighter"])
+        check_segments(dataset, task.get("record"))
         auto_filter_kwargs(model.fit)(dataset, **options)
         refuse_changed_data(dataset, inputs)
         beat("saving")
@@ -343,48 +354,6 @@ def _execute(
         if on_fitted is not None:
             on_fitted(recorder, inputs)
         make_records(recorder, task.get("record"), model, dataset)
-
-
-def _build(config: Any) -> Any:
-    """Build the object of a configuration; return a live object unchanged."""
-    if isinstance(config, Mapping | str) or hasattr(config, "__fspath__"):
-        return init_instance_by_config(config)
-    return config
-
-
-def _check_segments(dataset: Any, records: Any) -> None:
-    """Raise DataError before the training instead of after it, if a segment cannot be used.
-
-    That is an empty segment, or a test segment with one instrument per day although a record
-    compares the scores of a day.
-    """
-    samples = getattr(dataset, "samples", None)
-    if not callable(samples):
-        return
-    # The training itself starts with the segment train and checks it.
-    for name in (n for n in getattr(dataset, "segments", {}) if n != TRAIN):
-        has_one_instrument = samples(name, data_key="infer").max_samples_per_day == 1
-        if name != TEST or not has_one_instrument:
-            continue
-        for cls in map(record_class, record_list(records)):
-            if getattr(cls, "needs_cross_section", False):
-                raise DataError(
-                    f"the segment {name!r} has only one instrument per day, but {cls.__name__} "
-                    "compares the instruments of a day: use a universe of several instruments, or "
-                    "train without this record (record=none)."
-                )
-
-
-def record_list(records: Any) -> list[Any]:
-    """A task's records as a list; a single one becomes a list of one."""
-    return [records] if isinstance(records, Mapping | str) else list(records or [])
-
-
-def record_class(record: Any) -> Any:
-    """The class of a task's record; None for a pickle, which is not loaded to find out."""
-    if isinstance(record, Path) or (isinstance(record, str) and record.startswith("file:")):
-        return None
-    return get_callable_kwargs(record, RECORD_MODULE)[0]
 
 
 def _save_dataset(recorder: Recorder, dataset: Any) -> None:
@@ -481,41 +450,46 @@ def split_tracking(task: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
 
 def loggable_task(task: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a task to plain data for the run's params; live objects become configurations."""
-    params: dict[str, Any] = convert_tree(task, _loggable_part)
+    params: dict[str, Any] = describe_value(task)
     return params
 
 
-def _loggable_part(value: Any, location: str) -> Any:
-    if isinstance(value, Configured):
-        try:
-            return value.to_config()
-        except ConfigError:
-            return type(value).__qualname__
-    if is_plain_scalar(value) or isinstance(value, Mapping | list | tuple):
-        return value
-    return getattr(value, "__qualname__", None) or f"<{type(value).__qualname__}>"
-
-
 def _resolve_source(dataset: Any) -> Any:
-    """Make the data source in a dataset's configuration independent of the working folder.
+    """Make the data in a dataset's configuration independent of the working folder.
 
     A handler without a source gets the session's; relative paths become absolute.
     """
-    handler = _options(dataset).get("handler") if isinstance(dataset, Mapping) else None
+    if not isinstance(dataset, Mapping):
+        return dataset
+    if "extras" in _options(dataset):
+        dataset = _set_option(dataset, "extras", _resolve_paths(_options(dataset)["extras"]))
+    handler = _options(dataset).get("handler")
     if not isinstance(handler, Mapping):
         return dataset
+    for key in ("source", "data_loader"):
+        if isinstance(_options(handler).get(key), Mapping):
+            handler = _set_option(handler, key, _resolve_paths(_options(handler)[key]))
     options = _options(handler)
-    source = options.get("source")
-    if isinstance(source, Mapping):
-        for key in PATH_ARGUMENTS & _options(source).keys():
-            path = map_paths(_absolute_path, _options(source)[key])
-            source = _set_option(source, key, path)
-    elif source is None and options.get("data_loader") is None and session().provider_uri:
-        provider = map_paths(os.path.abspath, session().provider_uri)
-        source = {"_target_": QLIB_SOURCE, "provider_uri": provider}
-    if source is None:
-        return dataset
-    return _set_option(dataset, "handler", _set_option(handler, "source", source))
+    if options.get("source") is None and options.get("data_loader") is None:
+        provider = session().provider_uri
+        if provider:
+            provider = map_paths(lambda path: str(resolve_path(path)), provider)
+            source = {"_target_": QLIB_SOURCE, "provider_uri": provider}
+            handler = _set_option(handler, "source", source)
+    return _set_option(dataset, "handler", handler)
+
+
+def _resolve_paths(config: Any, key: str = "") -> Any:
+    """Make the paths in a configuration absolute: those of the arguments PATH_ARGUMENTS.
+
+    `config` of a loader may be something else than a path, unless there is such a file.
+    """
+    if isinstance(config, Mapping):
+        return {k: _resolve_paths(v, k if k in PATH_ARGUMENTS else key) for k, v in config.items()}
+    if not isinstance(config, str | Path) or key not in PATH_ARGUMENTS:
+        return config
+    path = resolve_path(config)
+    return config if key == "config" and not path.exists() else str(path)
 
 
 def _with_region(records: Any, region: str) -> Any:
@@ -526,10 +500,6 @@ def _with_region(records: Any, region: str) -> Any:
         return records
     name = str(records.get("_target_", records.get("class", ""))).rpartition(".")[2]
     return _set_option(records, "region", region) if name in REGION_RECORDS else records
-
-
-def _absolute_path(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def _options(config: Mapping[str, Any]) -> Mapping[str, Any]:

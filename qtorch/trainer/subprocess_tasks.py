@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from qtorch.core.errors import ConfigError, QtorchError, RunHeldError
-from qtorch.core.session import init, session
+from qtorch.core.session import session, set_defaults
 from qtorch.process.child import Parent
 from qtorch.process.fork_server import TRAINING_PRELOAD, fork_server
 from qtorch.process.heartbeat import RUN, listen
@@ -119,7 +119,7 @@ def serve_call(request: Mapping[str, Any], parent: Parent) -> int:
             base64.b64decode(request["call"])
         )  # trusted: the parent process pickled it
         session_defaults, uri, function, first, recorder_ids, experiment_name, options = call
-        init(**session_defaults)
+        set_defaults(**session_defaults)
         R.set_uri(uri)
         if recorder_ids is not None:
             first = R.get_recorder(recorder_id=recorder_ids[0], experiment_id=recorder_ids[1])

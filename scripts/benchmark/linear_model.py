@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from qtorch.core.session import init
+from qtorch.core.session import set_defaults
 from qtorch.model import Model
 
-init(trusted=[__name__])
+set_defaults(trusted=[__name__])
 
 
 class Ridge(Model):

@@ -19,7 +19,7 @@ import pandas as pd
 
 from qtorch.cli.compose import compose_settings, config_path
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.core.session import init, session_context
+from qtorch.core.session import session_context, set_defaults
 from qtorch.core.tables import read_csv
 from qtorch.metrics import calc_ic
 from qtorch.record.signal import ic_figures, raw_label
@@ -108,7 +108,7 @@ def prepare_worker(settings: Settings) -> None:
     warnings.filterwarnings("ignore")
     for name in ("mlflow", "alembic", "pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    init(tracking_uri=f"sqlite:///{settings.folder}/mlflow.db")
+    set_defaults(tracking_uri=f"sqlite:///{settings.folder}/mlflow.db")
     os.environ["MPLBACKEND"] = "Agg"
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -127,7 +128,8 @@ def test_retry_resets_a_prepared_task_to_part_done(run_tasks, pool):
 
 
 def test_export(run_tasks, tmp_path):
-    assert run_tasks("export", "pool=pool", "out=tasks.csv").strip() == "6 tasks saved to tasks.csv"
+    output = run_tasks("export", "pool=pool", "out=tasks.csv")
+    assert output.strip().endswith("6 tasks saved to {}".format(Path("tasks.csv").absolute()))
     rows = list(csv.DictReader(io.StringIO((tmp_path / "tasks.csv").read_text())))
     assert [(r["id"], r["model"], r["seed"], r["status"]) for r in rows[:2]] == [
         ("1", "LSTM", "0", "done"),

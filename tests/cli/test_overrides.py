@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from qtorch.cli.overrides import (
+    expand_home,
     quote_value,
     redact_config,
     redact_output,
@@ -71,6 +72,32 @@ def test_overrides(word, redacted, values):
         assert complete_tree(parsed_values) == values
         assert ("s3c" in os.environ.get(URLS_VARIABLE, "")) == ("s3c" in word)
     assert URLS_VARIABLE not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("word", "expanded"),
+    [
+        ("data.path=~/bars", "data.path=H/bars"),
+        ("data.path=~", "data.path=H"),
+        ("data.path=~/a,~/b", "data.path=H/a,H/b"),
+        ("data.provider_uri={day: ~/a,1min:~/b}", "data.provider_uri={day: H/a,1min:H/b}"),
+        ("x=[~/a, ~/b]", "x=[H/a, H/b]"),
+        ("tracking.uri=sqlite:///~/a.db", "tracking.uri=sqlite:///H/a.db"),
+        ("~callbacks", "~callbacks"),
+        ("~a.b=~/x", "~a.b=H/x"),
+        ("--config-dir=~/c", "--config-dir=H/c"),
+        ("x=a~/b", "x=a~/b"),
+        ("run_name='a ~ b'", "run_name='a ~ b'"),
+    ],
+)
+def test_home_folder(word, expanded, monkeypatch):
+    home = "/me/a b (c)"
+    monkeypatch.setenv("HOME", home)
+    escaped = home if word.startswith("-") else home.replace("(", r"\(").replace(")", r"\)")
+    assert expand_home([word]) == [expanded.replace("H", escaped)]
+    if word == "data.path=~/bars":
+        (override,) = OverridesParser.create().parse_overrides(expand_home([word]))
+        assert override.value() == f"{home}/bars"
 
 
 @pytest.mark.parametrize("text", ["a", "it's", 'x"y', "a\\'b", "sqlite:///C:\\", "http://h/?a=b"])

@@ -98,7 +98,9 @@ def test_table_of_jobs_and_seeds(screen):
 def test_summary_of_a_run(screen, monkeypatch):
     task = {"dataset": {"handler": {"instruments": nasty(0)}, "segments": {nasty(1): "2020"}}}
     stored = {"task": task}
-    recorder = SimpleNamespace(load_object=stored.get, list_artifacts=lambda: ["task"])
+    recorder = SimpleNamespace(
+        load_object=stored.get, list_artifacts=lambda: ["task"], experiment_id="1"
+    )
     monkeypatch.setattr(jobs, "load_if_present", lambda recorder, name: None)
     jobs.print_summary(JobResult(0, [], "FINISHED", run_id=nasty(2), experiment=nasty(3)), recorder)
     assert_words_appear(screen.getvalue(), range(4))

@@ -26,7 +26,7 @@ from qtorch.core.secrets import (
     redact_urls,
     url_variables,
 )
-from qtorch.core.session import init
+from qtorch.core.session import set_defaults
 from qtorch.core.trust import StoredText, as_stored_text
 
 # A URL with its secret between « and », and the URL without it ("same": only the secret is masked).
@@ -287,7 +287,7 @@ def test_url_is_completed_from_the_environment(monkeypatch, variable, url):
 
 
 def test_url_is_completed_from_the_session():
-    init(tracking_uri=FULL)
+    set_defaults(tracking_uri=FULL)
     assert complete_url(STORED) == FULL
 
 

@@ -14,22 +14,46 @@ import torch
 from qtorch.core.errors import ConfigError, FileLockError
 from qtorch.core.files import atomic_write, file_lock, remove_partial_files, write_private
 from qtorch.core.runtime import progress, resolve_device, seed_everything
-from qtorch.core.session import init, session, session_context
+from qtorch.core.session import (
+    FOLDER_VARIABLE,
+    resolve_path,
+    session,
+    session_context,
+    set_defaults,
+)
 
 
 def test_init_changes_only_the_arguments_that_it_gets():
-    init("~/bars", region="cn", seed=3)
-    init(tracking_uri="sqlite:///x.db")
+    set_defaults(provider_uri="~/bars", region="cn", seed=3)
+    set_defaults(tracking_uri="sqlite:///x.db")
     assert session().provider_uri.endswith("/bars")
     assert "~" not in session().provider_uri
     assert (session().region, session().seed) == ("cn", 3)
     assert session().tracking_uri == "sqlite:///x.db"
     with pytest.raises(ConfigError, match=r"unknown region 'uk'\. Valid names: cn, tw, us"):
-        init(region="uk")
+        set_defaults(region="uk")
+
+
+def test_relative_paths_start_where_the_command_began(tmp_path, monkeypatch):
+    """In a job whose process works in another folder, and in Python after `init`."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    assert resolve_path("~/x") == tmp_path / "me" / "x"
+    monkeypatch.chdir(elsewhere)
+    assert resolve_path("x") == elsewhere / "x"
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    assert resolve_path("x") == tmp_path / "x"
+    monkeypatch.delenv(FOLDER_VARIABLE)
+    set_defaults(provider_uri={"day": "~/bars", "1min": "minutes"}, folder=str(tmp_path))
+    assert resolve_path("x") == tmp_path / "x"
+    assert session().provider_uri == {
+        "day": f"{tmp_path}/me/bars", "1min": f"{tmp_path}/minutes",
+    }  # fmt: skip
 
 
 def test_session_context_does_not_affect_other_threads():
-    init(seed=1)
+    set_defaults(seed=1)
     seeds = []
     with session_context(seed=2, trusted=("a",)):
         thread = threading.Thread(target=lambda: seeds.append(session().seed))

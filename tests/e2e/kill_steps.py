@@ -37,7 +37,7 @@ import qtorch.model.lightning_model
 import qtorch.record.signal
 import qtorch.tracking.mlflow_store
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.core.session import init
+from qtorch.core.session import set_defaults
 from qtorch.model.devices.ranks import RankError
 from qtorch.process import heartbeat
 from qtorch.process.child import Child
@@ -222,7 +222,7 @@ def run_attempt(
     code = 1
     try:
         torch.set_num_threads(1)
-        init(tracking_uri=f"sqlite:///{folder / 'runs.db'}")
+        set_defaults(tracking_uri=f"sqlite:///{folder / 'runs.db'}")
         heartbeat.PAUSE_SECONDS = 0.0
         earlier_run = json.loads(run_file.read_text()) if run_file.exists() else None
         with heartbeat.listen(Killer(folder, run_file, kill_point, draw).listen):

@@ -48,6 +48,24 @@ CONFIG_FAULTS = {
     "unknown operator": (["handler.label=['Reff($close,-2)/$close']"], "Did you mean 'Ref'?"),
     "syntax error": (["handler.label=['Ref($close,-2']"], "'(', character 4 of 'Ref($close,-2'"),
     "unknown metric": (["callbacks.monitor=icc"], "Did you mean 'ic'?"),
+    "unknown loss": (["model.loss=msee"], "Did you mean 'mse'?"),
+    "module that does not exist": (
+        ["model.network={_target_: mine.Net}"],
+        "no module named 'mine'",
+    ),
+    "unknown accelerator": (["trainer.accelerator=gpuu"], "'gpuu' is not a device"),
+    "record without what it needs": (
+        ["task.record=[{_target_: qtorch.record.SigAnaRecord}]"],
+        "SigAnaRecord needs the SignalRecord before it",
+    ),
+    "list for a config group": (
+        ["record=[{_target_: qtorch.record.SigAnaRecord}]"],
+        "instead: task.record=[{_target_: ",
+    ),
+    "larger portfolio than universe": (
+        ["record=full", "portfolio.topk=99"],
+        "topk=99 is more than the 28 instruments of the test segment",
+    ),
     "text instead of a number": (["trainer.max_epochs=abc"], "trainer.max_epochs is 'abc'"),
     "label that is always NaN": (
         ["handler.label=['Ref($close,-9999)/$close']"],
@@ -63,6 +81,12 @@ CONFIG_FAULTS = {
     "resume without a run ID": (["resume=true"], "resume=RUN_ID"),
     "resume of an unknown run": (["resume=abc"], "there is no tracking store"),
 }
+# What a configuration gets wrong by itself is said before there are data and a run.
+NO_RUN = (
+    "unknown model option", "unknown class", "unknown metric", "unknown loss",
+    "module that does not exist", "unknown accelerator", "record without what it needs",
+    "text instead of a number",
+)  # fmt: skip
 DATES = ["segments.train=[2018-07-01,2019-06-30]", "segments.valid=[2019-07-01,2019-09-30]"]
 
 
@@ -71,6 +95,7 @@ FAST = (
     "unknown universe",
     "unknown model option",
     "unknown field",
+    "record without what it needs",
     "label that is always NaN",
     "unreachable tracking server",
 )
@@ -89,7 +114,12 @@ def test_wrong_configuration_gives_a_one_line_error(fault, train, qtorch_cli, ru
         result = train(*overrides)
     assert message in result.error()
     assert result.code == 1
-    if fault == "empty segment":  # reported before the training, not after it
+    if fault in NO_RUN:
+        assert runs() == []
+    if fault in (
+        "empty segment",
+        "larger portfolio than universe",
+    ):  # reported before the training, not after it
         (run,) = runs()
         assert run.metric_history("train/loss") == {}
     if "tracking" not in fault and "store" not in fault:

@@ -15,7 +15,7 @@ SIGNAL_METRICS = ("IC", "ICIR", "Rank IC", "Rank ICIR")
 
 @pytest.mark.slow
 def test_train_logs_everything_in_one_run(train, runs):
-    result = train()
+    result = train("log_level=ERROR")
     assert result.code == 0, result.err
     (run,) = runs()
     assert run.status == "FINISHED"
@@ -40,6 +40,13 @@ def test_train_logs_everything_in_one_run(train, runs):
     assert label.index.isin(pred.index).mean() > 0.99
     assert len(run.load_object("sig_analysis/ic.pkl")) == dates.nunique()
     assert "sig_analysis/ic.png" in run.list_artifacts("sig_analysis")
+    # The log file has what this log level does not show.
+    assert "network LSTM" not in result.err
+    log = Path(run.download_artifact("run.log")).read_text()
+    assert all(text in log for text in ("network LSTM", "epoch 0: ", "ends: FINISHED"))
+    assert f"/#/experiments/{run.experiment_id}/runs/{run.id}/model-metrics" in result.out
+    assert "a made market with a signal in it" in result.out
+    assert "Sharpe" in result.out
 
 
 @pytest.mark.slow
@@ -128,8 +135,9 @@ def test_config_and_help_do_not_train(qtorch_cli, runs):
 
 
 @pytest.mark.slow
-def test_data_import_and_describe(qtorch_cli, train, folder):
-    result = qtorch_cli("data", "import", "data=synthetic_tiny", "out=bars")
+def test_data_import_and_describe(qtorch_cli, train, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    result = qtorch_cli("data", "import", "data=synthetic_tiny", "out=~/bars")
     assert result.code == 0, result.err
     assert (folder / "bars" / "calendars" / "day.txt").is_file()
     result = qtorch_cli("data", "import", "data=synthetic_tiny", "out=bars")
@@ -138,8 +146,10 @@ def test_data_import_and_describe(qtorch_cli, train, folder):
     assert result.code == 0, result.err
     assert "2018-07-02" in result.out
     assert (folder / "bars.png").stat().st_size > 10_000
-    result = train("data=qlib", "data.provider_uri=bars", "universe=stocks")
+    jobs = ("-m", "hydra.job.chdir=true", "data.provider_uri=bars,~/bars")
+    result = train("data=qlib", "universe=stocks", *jobs)
     assert result.code == 0, result.err
+    assert not list(folder.glob("outputs/**/mlruns"))
 
 
 @pytest.mark.slow

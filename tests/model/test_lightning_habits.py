@@ -20,6 +20,7 @@ from user_networks import UserModule
 from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.batches import BatchLoader, ShardedLoader
+from qtorch.model.loop.checkpoint import CALLBACK_STATE_KEY, LAST, read_checkpoint
 from qtorch.model.loop.factories import component_list, optimizer_factory
 from qtorch.model.loop.schedules import TrainingLength, WarmupCosine, complete_plan, scheduler_plan
 
@@ -353,6 +354,13 @@ def test_two_trainings_of_a_run_have_their_own_curves(
     assert curves["valid/loss"] == first
     assert curves["finetune/valid/loss"] == second
     assert curves["fit_2/valid/loss"] == other.evals_result_["valid"]["loss"]
+    # So has each its checkpoints, from which it alone is resumed.
+    folder = recorder.checkpoint_dir()
+    states = [
+        read_checkpoint(folder / name / LAST)[CALLBACK_STATE_KEY]
+        for name in ("", "finetune", "fit_2")
+    ]
+    assert len({state["identity"] for state in states}) == 3
     # The same training again keeps its name.
     fit_model(dataset, recorder=recorder, checkpoint={}, seed=4)
     assert not any(key.startswith("fit_3") for key, _ in recorder.history())

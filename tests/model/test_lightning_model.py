@@ -13,7 +13,7 @@ from toy_training import ToyDataset, ToyRecorder, fit_model, make_model, model_w
 
 from qtorch.core.errors import ArgumentError, ConfigError, DataError, NotFittedError, TrustError
 from qtorch.core.serial import State
-from qtorch.core.session import init
+from qtorch.core.session import set_defaults
 from qtorch.core.trust import StoredText, as_stored_text
 from qtorch.model import BaseModel, LightningModel, Model, ModelFT
 from qtorch.model.loop.callbacks import BatchProgressBar
@@ -293,7 +293,7 @@ def test_stored_user_network_must_be_trusted(dataset: ToyDataset) -> None:
     state = state_from_store(model)
     with pytest.raises(TrustError, match="user_networks"):
         LightningModel.from_state(state)
-    init(trusted=["user_networks"])
+    set_defaults(trusted=["user_networks"])
     loaded_model = LightningModel.from_state(state)
     pd.testing.assert_series_equal(loaded_model.predict(dataset), model.predict(dataset))
 

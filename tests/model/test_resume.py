@@ -300,8 +300,15 @@ def _send_signals(
     handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     with monkeypatch.context() as patch:
         patch.setattr(BatchLoader, "batches", batches_with_signals)
+        model = resumable_model()
         with pytest.raises(TrainingInterrupted) as error_info:
-            resumable_model().fit(ToyDataset(), recorder=ToyRecorder(folder))
+            model.fit(ToyDataset(), recorder=ToyRecorder(folder))
+    # An epoch has ended: the model is as if the training had ended then.
+    report = error_info.value.result.report
+    best_epoch = min(range(report["epochs"]), key=model.evals_result_["valid"]["loss"].__getitem__)
+    assert report["best_epoch"] == model.fit_report_["best_epoch"] == best_epoch
+    assert f"the best weights so far, of epoch {best_epoch}." in str(error_info.value)
+    assert model.predict(ToyDataset()).notna().all()
     assert handlers == [signal.getsignal(number) for number in STOP_SIGNALS]
     return error_info.value
 

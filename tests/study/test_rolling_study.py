@@ -78,6 +78,7 @@ def test_rolling_study_end_to_end(store, tmp_path, make_task, feature_calls):
         assert tags[PARENT_TAG] == parent.id
         assert tags[WINDOW_TAG] == str(number)
         assert tags[SPAN_TAG] == "..".join(window_list[number]["segments"]["test"])
+        assert recorder.name.endswith(tags[SPAN_TAG])
     children = RecorderCollector(
         "study",
         [RollingEnsemble()],

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qtorch.core.errors import ConfigError
+from qtorch.core.errors import RecordError
 from qtorch.process.heartbeat import listen
 from qtorch.process.lease import hold_claim
 from qtorch.study import sweep_job
@@ -71,8 +71,9 @@ def test_interrupted_records_are_resumed_without_training(store, make_task, monk
 @pytest.mark.slow
 def test_failed_record_is_retried_without_training(store, make_task, monkeypatch):
     task = {**make_task(), "seed": 1}
-    with pytest.raises(ConfigError, match="NoSuchRecord"):
-        run_sweep_job({**task, "record": ["NoSuchRecord"]}, MEMBER, "exp")
+    bad_record = {"_target_": "qtorch.record.SigAnaRecord", "label_col": 9}
+    with pytest.raises(RecordError, match="label_col=9"):
+        run_sweep_job({**task, "record": ["SignalRecord", bad_record]}, MEMBER, "exp")
     (failed_run,) = R.list_recorders(experiment_name="exp").values()
     assert failed_run.status == "FAILED"
     same_sweep = SweepMember(MEMBER.sweep_id, 0, MEMBER.overrides, reuse=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qtorch.core.session import init
+from qtorch.core.session import set_defaults
 from qtorch.tracking import recorder as current
 
 TABLES_TO_KEEP = {"alembic_version", "experiments", "workspaces", "sqlite_sequence"}
@@ -51,7 +51,7 @@ def store_file(tmp_path_factory: pytest.TempPathFactory, template_cache: Path) -
 def uri(store_file: Path) -> Iterator[str]:
     """An empty sqlite store, set as the default. It is emptied after use: creation is slow."""
     uri = f"sqlite:///{store_file}"
-    init(tracking_uri=uri)
+    set_defaults(tracking_uri=uri)
     yield uri
     if store_file.exists():
         with closing(sqlite3.connect(store_file, timeout=20)) as connection, connection:

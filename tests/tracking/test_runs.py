@@ -18,7 +18,8 @@ import pytest
 from local_servers import MlflowServer
 
 from qtorch.core.errors import ArgumentError, LoadObjectError, TrackingError
-from qtorch.core.session import init
+from qtorch.core.runtime import init
+from qtorch.core.session import set_defaults
 from qtorch.tracking import R, Recorder
 from qtorch.tracking.locations import resolve_uri
 from qtorch.tracking.mlflow_store import open_store
@@ -42,6 +43,47 @@ def run_block(error: BaseException | None = None) -> Recorder:
         if error is not None:
             raise error
     return recorder
+
+
+def read_log(recorder, name: str = "run.log") -> str:
+    return Path(recorder.download_artifact(name)).read_text()
+
+
+def test_log_of_a_run_is_an_artifact(uri, monkeypatch, capsys, caplog):
+    """Without `init` it has warnings, which are still printed; with it also what happens."""
+    logger, qtorch_logger = logging.getLogger("qtorch.test"), logging.getLogger("qtorch")
+    monkeypatch.setattr(logging.root, "handlers", [])
+    caplog.set_level(logging.WARNING)
+    assert "run.log" not in run_block().list_artifacts()
+    with R.start(experiment_name="e"):
+        quiet_run = R.get_recorder()
+        logger.info("news")
+        logger.warning("see http://me:s3cret@h")
+    assert "W see http://me:***@h" in read_log(quiet_run)
+    assert "news" not in read_log(quiet_run)
+    assert "see http" in capsys.readouterr().err
+
+    init(log_level="ERROR")
+    with R.start(experiment_name="e"):
+        run = R.get_recorder()
+        logger.info("news")
+        logger.info("epoch 1", extra={"file_only": True})
+    assert [line.split(" ", 2)[2] for line in read_log(run).splitlines()] == [
+        f"I started run {run.id} ({run.name})",
+        "I news",
+        "I epoch 1",
+        f"I run {run.id} ({run.name}) ends: FINISHED",
+    ]
+    init(log_level="INFO")
+    with R.start(recorder_id=run.id, resume=True):
+        logger.info("more")
+        logger.info("epoch 2", extra={"file_only": True})
+    assert "I more" in read_log(run, "attempt_2_run.log")
+    assert "I news" in read_log(run)
+    output = capsys.readouterr().err
+    assert "I more" in output
+    assert "epoch" not in output
+    assert len(qtorch_logger.handlers) == 1
 
 
 @pytest.mark.parametrize(
@@ -316,7 +358,7 @@ def test_artifacts_by_logical_name_and_file_name(uri, tmp_path):
         R.log_artifact(tmp_path / "plots")
         R.save_objects(local_path=tmp_path / "plots", artifact_path="flat")
         R.log_artifact(tmp_path / "raw.json")
-    names = [n for n in recorder.list_artifacts() if not n.startswith("code_")]
+    names = [n for n in recorder.list_artifacts() if not n.startswith(("code_", "run.log"))]
     assert names == ["flat", "plots", "pred.pkl", "raw.json", "sig", "task"]
     assert recorder.list_artifacts("sig") == ["sig/ic.pkl"]
     assert recorder.list_artifacts("flat") == ["flat/ic.png"]
@@ -431,7 +473,7 @@ def test_provenance_can_be_switched_off(uri, monkeypatch):
     with R.start(experiment_name="e"):
         recorder = R.get_recorder()
     assert not [p for p in recorder.list_params() if p.startswith("QTORCH")]
-    assert recorder.list_artifacts() == []
+    assert set(recorder.list_artifacts()) <= {"run.log"}
 
 
 def test_params_and_tags_contain_no_secrets_of_urls(uri):
@@ -487,7 +529,7 @@ def test_precedence_of_tracking_uris(tmp_path, monkeypatch):
     assert R.get_uri() == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///env.db")
     assert R.get_uri() == f"sqlite:///{tmp_path}/env.db"
-    init(tracking_uri="sqlite:///of_init.db")
+    set_defaults(tracking_uri="sqlite:///of_init.db")
     assert R.get_uri() == f"sqlite:///{tmp_path}/of_init.db"
     with R.uri_context("sqlite:///context.db"):
         assert R.get_uri() == f"sqlite:///{tmp_path}/context.db"

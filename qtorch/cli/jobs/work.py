@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qtorch.cli.compose import LOCAL, job_task
+from qtorch.cli.compose import LOCAL, job_task, task_definition
 from qtorch.cli.guard import configure_process, error_line, is_debug_enabled
 from qtorch.cli.jobs.results import FAILED, FINISHED, KILLED, RUNNING, SENT, command_results
 from qtorch.cli.launchers.kinds import OwnProcessLauncher, launcher_class
@@ -38,6 +38,7 @@ from qtorch.study.sweep_job import (
 from qtorch.tracking.lookup import select_run
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder, with_run_tags
+from qtorch.trainer.checks import check_task
 from qtorch.trainer.failure import collect_started_runs
 from qtorch.trainer.run import end_task_train, task_train
 from qtorch.trainer.subprocess_tasks import fail_run, report_started_runs
@@ -129,6 +130,8 @@ def _train_job(request: Mapping[str, Any]) -> JobOutcome:
         if recorder.status == FINISHED:
             raise ConfigError(f"run {resume_id} is {FINISHED}: there is nothing to resume.")
         return JobOutcome(end_task_train(recorder), TRAINED)
+    if request["sweep"] is None:
+        check_task(task_definition(settings))  # before the data's calendar is read
     task, experiment = job_task(settings), settings["experiment_name"]
     name = request["run_name"]
     if request["sweep"] is None:

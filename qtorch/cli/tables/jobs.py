@@ -6,6 +6,7 @@ import logging
 import math
 import shlex
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -34,6 +35,7 @@ from qtorch.study.sweep import (
     resolve_mode,
     seed_groups,
 )
+from qtorch.tracking.locations import LOCAL_PORT, run_page, sqlite_path
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder, load_if_present
 
@@ -42,6 +44,8 @@ log = logging.getLogger(__name__)
 FIGURES = ("IC", "ICIR", "Rank IC", "Rank ICIR")
 # Widths of a terminal that has room for a job's figures, and for its run in a column of its own.
 FIGURES_WIDTH, RUN_WIDTH = 110, 150
+REPORT_FOLDER, PAGE = "report", "report.html"
+MADE_MARKET = " (a made market)"
 SEGMENTS = ("train", "valid", "test")
 
 
@@ -62,7 +66,20 @@ def print_summary(result: JobResult, recorder: Recorder, *, show_command: bool =
     if quality_table.row_count:
         print_table(quality_table)
     if show_command:
-        console.print(with_label("view the run:", mlflow_command()), soft_wrap=True)
+        for label, text in _links(result, recorder).items():
+            console.print(with_label(label, text), soft_wrap=True)
+
+
+def _links(result: JobResult, recorder: Recorder) -> dict[str, str]:
+    """Return where the results can be seen: files and addresses that a terminal can open."""
+    links = {}
+    if sqlite_path(R.get_uri()) is not None and REPORT_FOLDER in recorder.list_artifacts():
+        page = Path(recorder.download_artifact(REPORT_FOLDER), PAGE)
+        links["report:"] = page.resolve().as_uri()
+    links["view the run:"] = mlflow_command()
+    page_text = run_page(R.get_uri(), recorder.experiment_id, str(result.run_id))
+    links["curves of the run:"] = page_text
+    return links
 
 
 def _facts(result: JobResult, recorder: Recorder) -> dict[str, str]:
@@ -81,15 +98,16 @@ def _facts(result: JobResult, recorder: Recorder) -> dict[str, str]:
         facts["speed"] = f"{speed} during training on {fit['device']}"
     facts["time"] = f"{result.seconds:.1f} s"
     long_short = metrics.get("Long-Short Ann Return")
+    market = MADE_MARKET if is_made_market(recorder.load_object("task")) else ""
     if long_short is not None:
         sharpe = format_number(metrics.get("Long-Short Ann Sharpe"), 2)
-        facts["long-short"] = f"{long_short:.1%} per year before costs, Sharpe {sharpe}"
+        facts["long-short"] = f"{long_short:.1%} per year before costs, Sharpe {sharpe}{market}"
     excess = "1day.excess_return_with_cost"
     excess_return = metrics.get(f"{excess}.annualized_return")
     if excess_return is not None:
         ratio = format_number(metrics.get(f"{excess}.information_ratio"), 2)
-        benchmark = "over the benchmark after costs"
-        facts["portfolio"] = f"{excess_return:.1%} per year {benchmark}, information ratio {ratio}"
+        excess_text = f"{excess_return:.1%} per year over the benchmark after costs"
+        facts["portfolio"] = f"{excess_text}, information ratio {ratio}{market}"
     facts["run"] = f"{result.run_id} (experiment {result.experiment})"
     return facts
 
@@ -98,12 +116,24 @@ def _data_facts(task: Any) -> dict[str, str]:
     """Describe the data source and the segments of a task."""
     dataset = task.get("dataset", {})
     handler = dataset.get("handler") or {}
-    source = str((handler.get("source") or {}).get("_target_", "")).rpartition(".")[2]
     spans = [
         f"{name} {str(span[0])[:10]}..{str(span[1])[:10]}"
         for name, span in (dataset.get("segments") or {}).items()
     ]
-    return {"data": f"{source}, {handler.get('instruments')}", "segments": ", ".join(spans)}
+    data = f"{_source_name(task)}, {handler.get('instruments')}"
+    if is_made_market(task):
+        data += " (a made market with a signal in it: no real one has such figures)"
+    return {"data": data, "segments": ", ".join(spans)}
+
+
+def _source_name(task: Any) -> str:
+    handler = (task.get("dataset") or {}).get("handler") or {}
+    return str((handler.get("source") or {}).get("_target_", "")).rpartition(".")[2]
+
+
+def is_made_market(task: Any) -> bool:
+    """Whether the bars of a task are made by SyntheticSource, with a signal put into them."""
+    return _source_name(task) == "SyntheticSource"
 
 
 def mlflow_command() -> str:
@@ -111,7 +141,7 @@ def mlflow_command() -> str:
     uri = redact_urls(R.get_uri())
     if uri.startswith(("http://", "https://")):
         return uri
-    return f"mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000"
+    return f"mlflow server --backend-store-uri {shlex.quote(uri)} --port {LOCAL_PORT}"
 
 
 # -- sweeps ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from qtorch.core.dates import as_stamp, last_instant, parse_period
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.serial import Serializable, State
+from qtorch.core.terminal import html_summary
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.dataset.extras import Extra, check_extras
 from qtorch.data.dataset.sampler import TSDataSampler
@@ -291,6 +292,14 @@ class DatasetH(Dataset):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(handler={self.handler!r}, segments={self.segments})"
+
+    def _repr_html_(self) -> str:
+        """Show handler and segments in a notebook; nothing is loaded for that."""
+        segments = {name: f"{start} to {end}" for name, (start, end) in self.segments.items()}
+        source = {"source": getattr(self.handler, "source", None)}
+        source = {k: repr(v)[:200] for k, v in source.items() if v is not None}
+        facts = {"handler": repr(self.handler), **source, **segments}
+        return html_summary(type(self).__name__, facts)
 
     # -- Qlib's API ----------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.files import cache_folder
 from qtorch.core.identity import digest
 from qtorch.core.names import import_path
+from qtorch.core.session import resolve_path
 from qtorch.core.source_files import package_digest
 from qtorch.core.trust import StoredText
 from qtorch.data.expression.operators import get_operators
@@ -81,7 +82,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | Path | None = None, max_bytes: int | None = None) -> None:
-        self.folder = Path(folder).expanduser() if folder else cache_folder() / FOLDER
+        self.folder = resolve_path(folder) if folder else cache_folder() / FOLDER
         self.max_bytes = _read_max_bytes() if max_bytes is None else max_bytes
 
     def get(

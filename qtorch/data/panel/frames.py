@@ -13,6 +13,7 @@ import pandas as pd
 
 from qtorch.core.dates import parse_dates
 from qtorch.core.errors import ConfigError, DataError
+from qtorch.core.session import resolve_path
 from qtorch.core.tables import (
     TICKER_LEVEL,
     as_pandas,
@@ -115,7 +116,7 @@ def read_frame(data: Any, options: ReadOptions | None = None) -> pd.DataFrame:
     options = options or ReadOptions()
     if not isinstance(data, str | Path):
         return index_frame(as_pandas(data), options)
-    path = Path(data).expanduser()
+    path = resolve_path(data)
     if not path.is_file():
         raise DataError(f"cannot read a frame: there is no file {str(path)!r}.")
     if path.suffix.lower() in (".pkl", ".pickle"):

@@ -9,6 +9,7 @@ import pandas as pd
 
 from qtorch.core.dates import date_texts, parse_span_dates
 from qtorch.core.errors import DataError
+from qtorch.core.session import resolve_path
 from qtorch.core.tables import find_column, index_to_columns, read_table, text_names
 from qtorch.data.panel.column_names import END_COLUMNS, START_COLUMNS
 
@@ -34,7 +35,7 @@ def read_spans(
     if isinstance(table, pd.DataFrame):
         table = index_to_columns(table)
     else:
-        path = Path(table).expanduser()
+        path = resolve_path(table)
         if not path.is_file():
             raise DataError(f"there is no {kind} file {path}.")
         table, location = read_table(path, spellings.values()), str(path)

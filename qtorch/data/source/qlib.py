@@ -15,7 +15,7 @@ import torch
 from qtorch.core.content_digest import file_digest
 from qtorch.core.dates import frequency, parse_span_dates
 from qtorch.core.errors import ConfigError, DataError, format_count, unknown_name_message
-from qtorch.core.session import map_paths, session
+from qtorch.core.session import map_paths, resolve_path, session
 from qtorch.core.tables import read_text
 from qtorch.data.panel.panel import normalise_calendar
 from qtorch.data.source.base import Bars, Membership, Source
@@ -281,9 +281,9 @@ class QlibSource(Source):
 
 def _folders_by_frequency(provider_uri: str | dict[str, str]) -> dict[str, Path]:
     if isinstance(provider_uri, str):
-        return {ANY_FREQUENCY: Path(provider_uri).expanduser()}
+        return {ANY_FREQUENCY: resolve_path(provider_uri)}
     return {
-        ANY_FREQUENCY if freq == ANY_FREQUENCY else frequency(freq): Path(folder).expanduser()
+        ANY_FREQUENCY if freq == ANY_FREQUENCY else frequency(freq): resolve_path(folder)
         for freq, folder in provider_uri.items()
     }
 

@@ -14,6 +14,7 @@ from qtorch.core.content_digest import digest_text
 from qtorch.core.dates import date_texts, frequency
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.core.identity import digest
+from qtorch.core.session import resolve_path
 from qtorch.core.tables import (
     convert_decimals,
     file_stem,
@@ -110,7 +111,7 @@ class TableSource(PanelSource):
         self.freq = None if freq is None else frequency(freq)
         self.adjust = adjust
         self._options = ReadOptions(date_format, timezone, decimal)
-        self._root = Path(path).expanduser()
+        self._root = resolve_path(path)
         if not self._root.exists():
             raise DataError(f"no file or folder {self._root}; check the path of TableSource.")
         if layout in (PER_INSTRUMENT, WIDE) and not self._root.is_dir():
@@ -184,7 +185,7 @@ class TableSource(PanelSource):
             return [self._root]
         files = list_tables(self._root)
         if isinstance(self._universes, str | Path):
-            members = Path(self._universes).expanduser().resolve()
+            members = resolve_path(self._universes).resolve()
             files = [file for file in files if file.resolve() != members]
         return files
 

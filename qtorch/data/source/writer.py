@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.errors import DataError
+from qtorch.core.session import resolve_path
 from qtorch.data.panel.panel import Panel
 from qtorch.data.source.base import Membership, Source
 from qtorch.data.source.frame import Memberships, Universes, as_source, span_membership
@@ -45,7 +46,7 @@ def write_qlib(
     Returns the folder. Raises DataError if it exists, or if two instruments would share a folder
     (Qlib's folder names are lower case).
     """
-    source, target = as_source(data), Path(folder).expanduser()
+    source, target = as_source(data), resolve_path(folder)
     freq = source.resolve_frequency(freq)
     _check_target(target, overwrite)
     names = sorted(source.instrument_names())

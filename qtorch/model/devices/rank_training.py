@@ -27,7 +27,7 @@ from torch import nn
 from qtorch.core.errors import ConfigError
 from qtorch.core.files import atomic_write
 from qtorch.core.runtime import seed_everything
-from qtorch.core.session import Session, init
+from qtorch.core.session import Session, set_defaults
 from qtorch.data.dataset.samples import Samples
 from qtorch.data.dataset.shared_samples import read_samples, write_samples
 from qtorch.model.devices.numerics import numerical_settings
@@ -98,7 +98,7 @@ def read_request(folder: Path, digest: str) -> tuple[RankRequest, list[Samples |
     path, content = pickle.loads(payload)
     sys.path[:] = path
     request: RankRequest = pickle.loads(content)
-    init(**{k: v for k, v in asdict(request.session).items() if v})
+    set_defaults(**{k: v for k, v in asdict(request.session).items() if v})
     return request, read_samples(folder)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import math
 import os
+import time
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import RichProgressBar, WeightAveraging
+from pytorch_lightning.callbacks import ProgressBar, RichProgressBar, WeightAveraging
 
 from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
@@ -18,6 +20,8 @@ from qtorch.tracking.pruning import PRUNED_TAG, TRIAL_VARIABLE, TrialJudge
 from qtorch.tracking.recorder import MetricRecorder
 
 log = logging.getLogger(__name__)
+
+NOTEBOOK_SECONDS = 0.3  # between two updates of the progress bar
 
 
 class BatchProgressBar(RichProgressBar):
@@ -44,6 +48,53 @@ class BatchProgressBar(RichProgressBar):
     ) -> None:
         batch_number = self.loader.position - 1  # of the step's last batch; Lightning adds one
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_number)
+
+
+class NotebookProgressBar(ProgressBar):
+    """A progress bar in the output of a notebook's cell, with the last validation's metrics."""
+
+    def __init__(self, loader: StepLoader) -> None:
+        super().__init__()
+        self.loader = loader
+        self._display: Any = None
+        self._last_time = 0.0
+
+    def disable(self) -> None:
+        """Show nothing: this rank is not the first one."""
+        self._display = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        from IPython.display import HTML, display
+
+        self._display = display(HTML(self._render(trainer)), display_id=True)
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_batch_end(*args, **kwargs)
+        if time.monotonic() - self._last_time > NOTEBOOK_SECONDS:
+            self._update(self.trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._update(trainer)
+
+    def _update(self, trainer: pl.Trainer) -> None:
+        from IPython.display import HTML
+
+        self._last_time = time.monotonic()
+        if self._display is not None:
+            self._display.update(HTML(self._render(trainer)))
+
+    def _render(self, trainer: pl.Trainer) -> str:
+        position, num_batches = self.loader.position, self.loader.num_batches
+        metrics = {
+            name: f"{float(value):.6g}"
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("valid/")
+        }
+        last_epoch = "" if (trainer.max_epochs or -1) < 0 else f" of {trainer.max_epochs}"
+        text = f"epoch {trainer.current_epoch + 1}{last_epoch}, batch {position} of {num_batches}"
+        text += "".join(f", {name} {value}" for name, value in metrics.items())
+        return f"<progress value='{position}' max='{num_batches}'></progress> {html.escape(text)}"
 
 
 class EpochAveraging(WeightAveraging):

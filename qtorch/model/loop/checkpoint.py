@@ -30,6 +30,7 @@ from torch import Tensor
 from qtorch.core.errors import ConfigError, DataError, QtorchError
 from qtorch.core.file_digest import PLACEHOLDER, check_digest, insert_digest
 from qtorch.core.files import atomic_write, remove_partial_files
+from qtorch.core.session import resolve_path
 from qtorch.model.loop.interruption import StopTraining
 from qtorch.model.loop.lightning_internals import (
     epoch_state,
@@ -190,7 +191,7 @@ def find_resume_checkpoint(
         if checkpoint is None:
             return None
     else:
-        path = Path(resume)
+        path = resolve_path(resume)
         checkpoint = newest_checkpoint(path) if path.is_dir() else (path, read_checkpoint(path))
         if checkpoint is None:
             raise ConfigError(f"{resume} contains no checkpoint to resume from.")
@@ -686,11 +687,12 @@ class CheckpointCallback(Checkpoint):
 
     def _log_epoch(self, trainer: pl.Trainer, values: dict[str, float], seconds: float) -> None:
         metrics = "  ".join(f"{k} {v:.6g}" for k, v in values.items())
-        level = logging.INFO if self.log_epochs else logging.DEBUG
         place = f"epoch {trainer.current_epoch}"
         if self.loader.position < self.loader.num_batches:
             place += f", step {trainer.global_step}"
-        log.log(level, "%s: %s  (%.2f s)", place, metrics, seconds)
+        # A progress bar shows the same, but not to the log file of the run.
+        extra = {"file_only": not self.log_epochs}
+        log.info("%s: %s  (%.2f s)", place, metrics, seconds, extra=extra)
 
     # -- state ---------------------------------------------------------------------------------
 

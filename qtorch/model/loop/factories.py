@@ -89,6 +89,19 @@ def optimizer_factory(spec: Spec | None) -> OptimizerFactory:
     return build_factory(spec, "optimizer")
 
 
+def check_optimizer(spec: Spec | None) -> None:
+    """Raise ConfigError for an optimizer whose name or arguments are wrong.
+
+    `spec` is one of `group_parameters`, whose patterns are not checked.
+    """
+    if isinstance(spec, Mapping) and "groups" in spec:
+        spec = spec.get("optimizer")
+    factory = optimizer_factory(spec)
+    product_class = getattr(factory, "func", factory)
+    if isinstance(product_class, type) and issubclass(product_class, Optimizer):
+        explain_errors(factory)([nn.Parameter(torch.zeros(1))])
+
+
 def explain_errors(factory: Callable[..., Any], kind: str = "optimizer") -> Callable[..., Any]:
     """Wrap the factory of an optimizer to raise ConfigError for a bad argument (text for lr)."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from typing import Any
 
 from qtorch.process.stops import STOP_SIGNALS, StopRequest, StopSignals, received_signals
 
@@ -13,12 +14,15 @@ log = logging.getLogger(__name__)
 class TrainingInterrupted(KeyboardInterrupt):
     """A training was interrupted; the message says at which step and how to resume.
 
-    `checkpoint` is the path of the saved checkpoint, or None.
+    `checkpoint` is the path of the saved checkpoint, or None; `result` the training so far with its
+    best weights (a FitResult), or None before the first validation.
     """
 
-    def __init__(self, message: str, checkpoint: str | None = None) -> None:
+    def __init__(
+        self, message: str, checkpoint: str | None = None, result: Any | None = None
+    ) -> None:
         super().__init__(message)
-        self.checkpoint = checkpoint
+        self.checkpoint, self.result = checkpoint, result
 
 
 class StopTraining(BaseException):

@@ -31,9 +31,9 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from qtorch.core.errors import ArgumentError, ConfigError, check_name, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
-from qtorch.core.runtime import resolve_device
+from qtorch.core.runtime import is_notebook, resolve_device
 from qtorch.core.trust import StoredText
-from qtorch.model.loop.callbacks import BatchProgressBar
+from qtorch.model.loop.callbacks import BatchProgressBar, NotebookProgressBar
 from qtorch.model.loop.checkpoint import AtomicCheckpointIO
 from qtorch.model.loop.factories import component_list
 from qtorch.model.loop.loader import StepLoader
@@ -412,7 +412,7 @@ def build_trainer(
     arguments: dict[str, Any] = {
         "num_sanity_val_steps": 0,  # a sanity check would draw random numbers before training
         "enable_model_summary": False,
-        "enable_progress_bar": sys.stderr.isatty() or options.has_progress_bar,
+        "enable_progress_bar": sys.stderr.isatty() or is_notebook() or options.has_progress_bar,
         "log_every_n_steps": 1,
         "default_root_dir": None if root is None else str(root),
         **options.arguments,
@@ -434,7 +434,8 @@ def build_trainer(
         user_callbacks = [c for c in user_callbacks if not isinstance(c, ProgressBar)]
     callbacks = [*user_callbacks, *internal_callbacks]
     if arguments["enable_progress_bar"] and not options.has_progress_bar:
-        callbacks.append(BatchProgressBar(loader))
+        bar_class = NotebookProgressBar if is_notebook() else BatchProgressBar
+        callbacks.append(bar_class(loader))
     try:
         return pl.Trainer(**arguments, callbacks=callbacks)
     except (MisconfigurationException, ValueError, TypeError) as error:

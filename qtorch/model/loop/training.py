@@ -402,6 +402,16 @@ class Training:
         # If no epoch was left to train, nothing has sent the metrics of the checkpoint yet.
         self.checkpoint_callback.resend_metrics(self.trainer)
 
+    @property
+    def num_batches(self) -> int:
+        """The number of training batches of an epoch."""
+        return self.loader.num_batches
+
+    @property
+    def has_best_weights(self) -> bool:
+        """Whether there was a validation, whose weights `result` returns."""
+        return any(m.best_weights is not None for m in self.checkpoint_callback.members)
+
     def result(self, checkpoint: tuple[Path, dict[str, Any]] | None) -> FitResult:
         """Return the result after training, with the best weights loaded into the network."""
         self.checkpoint_callback.update_seconds()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qtorch.core.errors import ArgumentError, ConfigError, DataError
-from qtorch.core.session import init
+from qtorch.core.session import set_defaults
 from qtorch.data import FrameSource, write_qlib
 from qtorch.data.handler.loader import (
     NestedDataLoader,
@@ -107,7 +107,7 @@ def test_the_default_source_comes_from_init(tmp_path: Path, source: FrameSource)
     loader = QlibDataLoader(["$close"])
     with pytest.raises(ConfigError, match=r"no data source: pass source="):
         loader.load(["A"])
-    init(provider_uri=str(write_qlib(source, tmp_path / "data")))
+    set_defaults(provider_uri=str(write_qlib(source, tmp_path / "data")))
     assert len(loader.load(["A"])) == 30
 
 

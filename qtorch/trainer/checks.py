@@ -1,0 +1,137 @@
+"""What a task gets wrong, found before its data are read and before it has a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qtorch.core.errors import ConfigError, DataError
+from qtorch.core.instantiate import (
+    check_config,
+    get_callable_kwargs,
+    init_instance_by_config,
+    resolve_config,
+)
+from qtorch.core.trust import NAME_KEYS, check_config_trust
+
+RECORD_MODULE = "qtorch.record"
+QLIB = "qlib"  # its names are replaced by those of qtorch, or need a package that builds data
+TRAIN, TEST = "train", "test"
+
+
+def check_task(task: Any, *, check_device: bool = True) -> None:
+    """Raise ConfigError (or TrustError) for a task that cannot be trained. Data are not read.
+
+    Checked are the names in the task, the arguments that they take, the settings of the model
+    (`check_settings`, if it has this method), and that each record has the record that it needs
+    before it. `check_device`: this process is the one that trains.
+    """
+    task = resolve_config(task)
+    if not isinstance(task, Mapping) or any(task.get(k) is None for k in ("model", "dataset")):
+        return  # `complete_task` says what is missing
+    check_config_trust(task)
+    _check_names(task["dataset"])
+    _check_names(task.get("reweighter"))
+    check_settings = getattr(build_object(task["model"]), "check_settings", None)
+    if callable(check_settings):
+        check_settings(check_device=check_device)
+    _check_records(task.get("record"))
+
+
+def build_object(config: Any) -> Any:
+    """Build the object of a configuration; return a live object unchanged."""
+    if isinstance(config, Mapping | str) or hasattr(config, "__fspath__"):
+        return init_instance_by_config(config)
+    return config
+
+
+def record_list(records: Any) -> list[Any]:
+    """Return a task's records as a list; a single one becomes a list of one."""
+    return [records] if isinstance(records, Mapping | str) else list(records or [])
+
+
+def record_class(record: Any) -> Any:
+    """Return the class of a task's record; None for a pickle, which is not loaded to find out."""
+    if isinstance(record, Path) or (isinstance(record, str) and record.startswith("file:")):
+        return None
+    return get_callable_kwargs(record, RECORD_MODULE)[0]
+
+
+def check_segments(dataset: Any, records: Any) -> None:
+    """Raise an error before the training instead of after it, if a segment cannot be used.
+
+    That is an empty segment (DataError), a test segment with one instrument per day although a
+    record compares the scores of a day (DataError), or with fewer instruments than a record's
+    portfolio is to hold (ConfigError).
+    """
+    samples = getattr(dataset, "samples", None)
+    if not callable(samples):
+        return
+    # The training itself starts with the segment train and checks it.
+    for name in (n for n in getattr(dataset, "segments", {}) if n != TRAIN):
+        segment = samples(name, data_key="infer")
+        if name != TEST:
+            continue
+        num_instruments = int(segment.instrument.unique().numel())
+        for record in record_list(records):
+            cls = record_class(record)
+            if getattr(cls, "needs_cross_section", False) and segment.max_samples_per_day == 1:
+                raise DataError(
+                    f"the segment {name!r} has only one instrument per day, but {cls.__name__} "
+                    "compares the instruments of a day: use a universe of several instruments, or "
+                    "train without this record (record=none)."
+                )
+            if hasattr(cls, "check_universe"):
+                build_object(_with_module(record)).check_universe(num_instruments)
+
+
+def _check_names(config: Any) -> None:
+    """Check the names in a nested configuration and the arguments that they take."""
+    if isinstance(config, list | tuple):
+        for part in config:
+            _check_names(part)
+    if not isinstance(config, Mapping):
+        return
+    name = next((config[key] for key in NAME_KEYS if isinstance(config.get(key), str)), None)
+    path = f"{config.get('module_path') or ''}.{name}".lstrip(".")
+    # The module of a bare name is known to its constructor only.
+    if name is not None and "." in path and path.partition(".")[0] != QLIB:
+        check_config(config)
+    for part in config.values():
+        _check_names(part)
+
+
+def _check_records(records: Any) -> None:
+    earlier_classes: list[Any] = []
+    for record in record_list(records):
+        cls = record_class(record)
+        if cls is not None:
+            check_config(record, RECORD_MODULE)
+            _check_dependency(cls, earlier_classes)
+        earlier_classes.append(cls)
+
+
+def _check_dependency(cls: Any, earlier_classes: list[Any]) -> None:
+    """Raise ConfigError unless the record that a record needs is generated before it.
+
+    A record of a user's own before it may write what it needs.
+    """
+    needed = getattr(cls, "depend_cls", None)
+    if needed is None:
+        return
+    for earlier in earlier_classes:
+        is_own = earlier is None or not str(earlier.__module__).startswith("qtorch.")
+        if is_own or (isinstance(earlier, type) and issubclass(earlier, needed)):
+            return
+    raise ConfigError(
+        f"the record {cls.__name__} needs the {needed.__name__} before it: put "
+        f"{{_target_: {RECORD_MODULE}.{needed.__name__}, model: <MODEL>, dataset: <DATASET>}} "
+        "first in the task's record (record=signal and record=full have it)."
+    )
+
+
+def _with_module(record: Any) -> Any:
+    """Return a record's configuration with the import path of its class."""
+    target, arguments = get_callable_kwargs(record, RECORD_MODULE)
+    return {"_target_": target, "_recursive_": False, **arguments}

@@ -1,0 +1,106 @@
+"""What a task gets wrong is raised without its data being read."""
+
+from __future__ import annotations
+
+import pytest
+
+from qtorch.cli.compose import compose_settings
+from qtorch.core.errors import ConfigError
+from qtorch.record import PortAnaRecord
+from qtorch.record.base import Record
+from qtorch.trainer.checks import check_task
+
+SIGNAL, ANALYSIS = (
+    "{_target_: qtorch.record.SignalRecord}",
+    "{_target_: qtorch.record.SigAnaRecord}",
+)
+OWN = "{_target_: test_checks.OwnScores}"
+
+
+class OwnScores(Record):
+    """A record of a user's own, which may write the scores."""
+
+    def generate(self) -> None:
+        """Do nothing."""
+
+
+@pytest.fixture
+def check():
+    """Return `check(*overrides)`: check the task of a configuration without data."""
+
+    def check_overrides(*overrides: str) -> None:
+        task = compose_settings("train", ["data=qlib", "data.provider_uri=nowhere", *overrides])
+        check_task(task["task"])
+
+    return check_overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.loss={mse: 1, icc: 2}", "unknown loss 'icc'. Did you mean 'ic'"),
+        ("callbacks.monitor=icc", "Did you mean 'ic'"),
+        ("+callbacks.early_stop.monitor=icc", "Did you mean 'ic'"),
+        ("model.optimizer=adamm", "unknown optimizer 'adamm'. Did you mean 'Adam'"),
+        ("model.optimizer={lr: abc}", "Adam does not accept {'lr': 'abc'}"),
+        ("model.optimizer._target_=torch.optim.Adamm", "Did you mean 'Adam'"),
+        ("model.scheduler={_target_: torch.optim.lr_scheduler.StepLRR}", "Did you mean 'StepLR'"),
+        ("trainer.accelerator=gpuu", "'gpuu' is not a device"),
+        ("model.batch.order=ranom", "Did you mean 'random'"),
+        ("model.inner_steps=0", "inner_steps is 0"),
+        ("+model.day_label={zscores: true}", "Did you mean 'zscore'"),
+        ("model.network={_target_: mine.Mean}", "no module named 'mine'"),
+        ("+model.network.hiden=3", "unknown argument of LSTM 'hiden'"),
+        ("callbacks.lightning=[{_target_: pytorch_lightning.callbacks.Timerr}]", "'Timer'"),
+        ("handler.infer_processors=[{_target_: qtorch.data.processor.Fillnaa}]", "'Fillna'"),
+        ("handler.infer_processors=[{class: mine.Own}]", "no module named 'mine'"),
+        ("task.reweighter={_target_: mine.Weights}", "no module named 'mine'"),
+        (f"task.record=[{ANALYSIS}]", "SigAnaRecord needs the SignalRecord before it"),
+        (f"task.record=[{ANALYSIS},{SIGNAL}]", "SigAnaRecord needs the SignalRecord before it"),
+        ("task.record=[{_target_: qtorch.record.SignalRecord, a: 3}]", "SignalRecord 'a'"),
+    ],
+)
+def test_wrong_settings(override, message, check):
+    with pytest.raises(ConfigError) as error:
+        check(override)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "record=full",
+        "record=none",
+        f"task.record=[{OWN},{ANALYSIS}]",
+        "model.optimizer={lr: 1e-3}",
+        "model=tra",
+        "model=linear",
+        "handler.label='Ref($close,-2)/$close'",
+        "callbacks=rank_ic",
+    ],
+)
+def test_right_settings(override, check):
+    check(override)
+
+
+def test_the_device_is_that_of_the_machine_that_trains():
+    settings = ["data=synthetic_tiny", "trainer.accelerator=gpu", "trainer.devices=[99]"]
+    task = compose_settings("train", settings)["task"]
+    check_task(task, check_device=False)
+    with pytest.raises(ConfigError, match="device 'cuda:99' does not exist"):
+        check_task(task)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"class": "TopkDropoutStrategy", "kwargs": {"topk": 31, "n_drop": 1}},
+        {"_target_": "qtorch.backtest.TopkDropoutStrategy", "topk": 31, "n_drop": 1},
+    ],
+)
+def test_portfolio_larger_than_the_universe(strategy):
+    record = PortAnaRecord(config={"strategy": strategy})
+    with pytest.raises(ConfigError, match="topk=31 is more than the 30 instruments"):
+        record.check_universe(30)
+    record.check_universe(31)
+    PortAnaRecord(config={"strategy": {"class": "mine.Own", "kwargs": {"topk": 99}}})
