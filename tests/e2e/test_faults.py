@@ -53,7 +53,7 @@ CONFIG_FAULTS = {
         ["model.network={_target_: mine.Net}"],
         "no module named 'mine'",
     ),
-    "unknown accelerator": (["trainer.accelerator=gpuu"], "'gpuu' is not a device"),
+    "unknown accelerator": (["trainer.accelerator=gpuu"], "unknown trainer.accelerator 'gpuu'"),
     "record without what it needs": (
         ["task.record=[{_target_: qtorch.record.SigAnaRecord}]"],
         "SigAnaRecord needs the SignalRecord before it",
