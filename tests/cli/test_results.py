@@ -22,6 +22,7 @@ def test_results_of_an_earlier_command_with_the_same_folder_do_not_count(results
     assert results.all() == []
     CommandResults().store(JobResult(1, ["seed=1"], FAILED), tmp_path / "1")  # in another process
     assert [(r.number, r.status) for r in results.all()] == [(1, FAILED)]
+    assert (tmp_path / "1" / RESULT_FILE).stat().st_mode & 0o777 == 0o600
     results.discard(0)
     assert (tmp_path / "0" / RESULT_FILE).exists()
     results.discard(1)

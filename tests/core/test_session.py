@@ -96,7 +96,14 @@ def test_lock_file_is_not_created_through_a_link(tmp_path):
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_private_file_is_readable_by_its_owner_alone(tmp_path):
+def test_private_file_is_readable_by_its_owner_alone(tmp_path, monkeypatch):
+    change_mode, modes = os.fchmod, []
+
+    def note_mode(handle, mode):
+        modes.append(os.fstat(handle).st_mode & 0o777)
+        change_mode(handle, mode)
+
+    monkeypatch.setattr(os, "fchmod", note_mode)
     path = tmp_path / "config.yaml"
     path.write_text("a longer old text")
     path.chmod(0o644)
@@ -105,6 +112,7 @@ def test_private_file_is_readable_by_its_owner_alone(tmp_path):
         assert path.read_text(encoding="utf-8") == "new ÄÖ"
         assert path.stat().st_mode & 0o777 == 0o600
         path.unlink(missing_ok=True)
+    assert modes == [0o644, 0o600]  # a new file is private from its beginning
 
 
 def test_atomic_write_leaves_the_old_file_on_an_error(tmp_path):

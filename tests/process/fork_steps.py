@@ -101,3 +101,7 @@ def start_sleep(request, parent):
         file.write(str(subprocess.Popen(["sleep", "600"]).pid))
     parent.send({"started": True})
     time.sleep(600)
+
+
+def raise_error(request, parent):
+    raise ValueError(request["text"])

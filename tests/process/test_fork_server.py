@@ -160,6 +160,8 @@ def test_child_that_is_killed_before_its_start_never_starts(tmp_path):
 def test_error_of_the_function_is_reported_as_exit_code(server, capfd):
     assert server.call("fork_steps.no_such_function", {}).code == 1
     assert "no_such_function" in capfd.readouterr().err
+    assert server.call("fork_steps.raise_error", {"text": "http://me:s3cret@host"}).code == 1
+    assert "ValueError: http://me:***@host" in capfd.readouterr().err
 
 
 def test_child_is_stopped_once_however_many_signals_arrive(server):

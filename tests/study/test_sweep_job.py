@@ -12,7 +12,7 @@ from qtorch.core.errors import RecordError
 from qtorch.process.heartbeat import listen
 from qtorch.process.lease import hold_claim
 from qtorch.study import sweep_job
-from qtorch.study.sweep import claim_path, end_sweep, find_sweep, start_sweep
+from qtorch.study.sweep import _save_plan, claim_path, end_sweep, find_sweep, start_sweep
 from qtorch.study.sweep_job import (
     FAILED_BEFORE,
     FIT_FROM_TAG,
@@ -166,3 +166,14 @@ def test_sweep_with_a_quotation_mark_in_its_name_is_continued(store):
         ids.append(recorder.id)
     assert ids[0] == ids[1]
     assert find_sweep("alice's").id == ids[0]
+
+
+def test_plan_of_a_sweep_has_no_password():
+    stored: dict = {}
+    recorder = SimpleNamespace(
+        uri="http://me:s3cret@host",
+        list_artifacts=list,
+        save_objects=lambda **objects: stored.update(objects),
+    )
+    _save_plan(recorder, {"words": ["seed=1"], "told": ["seed=1"]}, {"folder": "x"})
+    assert stored["sweep"]["tracking_uri"] == "http://me:***@host"

@@ -197,6 +197,15 @@ def test_state_needs_no_pickle_but_a_trusted_class(weights, tmp_path):
     assert weights is None or result.weights.tolist() == weights
 
 
+def test_configuration_of_an_object_is_stored_without_passwords(tmp_path, monkeypatch):
+    url = "postgresql://me:s3cret@of-artifacts/db"
+    monkeypatch.setenv("DATABASE_OF_THIS_MACHINE", url)
+    path = write_object(Plan((url,)), tmp_path, "plan")
+    assert b"s3cret" not in path.read_bytes()
+    with session_context(trusted=("stored_things",)):
+        assert read_object(path, "plan").steps == (url,)  # completed
+
+
 def test_other_objects_are_pickled_and_need_trust(tmp_path):
     path = write_object(Counter(3), tmp_path, "counter")
     assert path.name == "counter.object.pickle"

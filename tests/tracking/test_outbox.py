@@ -278,6 +278,35 @@ def test_run_is_not_finished_before_the_files_of_dead_children_are_sent(
     assert R.get_recorder(recorder_id=recorder.id).status == "FINISHED"
 
 
+def test_status_is_sent_after_the_values(uri, monkeypatch, outbox_folder):
+    log_batch, statuses = MLflowStore.log_batch, []
+
+    def note_status(self, run_id, *arguments, **options):
+        statuses.append(self.run(run_id).status)
+        log_batch(self, run_id, *arguments, **options)
+
+    with R.start(experiment_name="e"):
+        run_id = R.get_recorder().id
+    monkeypatch.setattr(MLflowStore, "log_batch", note_status)
+    store = open_store(uri)
+
+    def make_entries(step):
+        store.set_status(run_id, "RUNNING")
+        metric = {"metric": "loss", "value": 1.0, "time": 1, "step": step}
+        return [{"status": "FINISHED", "time": 2}, metric]
+
+    sender = outbox.Sender(store, run_id, 1)
+    sender.enqueue(make_entries(0))
+    assert sender.close() is None
+    assert not sender.journal.close()
+    journal = outbox.Journal(run_id, uri, 1)
+    journal.append(make_entries(1))
+    journal.close()
+    assert [delivery.error for delivery in outbox.send_outbox()] == [None]
+    assert statuses == ["RUNNING", "RUNNING"]
+    assert store.run(run_id).status == "FINISHED"
+
+
 def test_logging_takes_microseconds(uri):
     with R.start(experiment_name="e"):
         recorder = R.get_recorder()
