@@ -13,6 +13,7 @@ from qtorch.core.errors import unknown_name_message
 
 # command -> (module with `main(argv) -> exit code`, one line for --help)
 COMMANDS = {
+    "new": ("qtorch.cli.setup.new", "write a small project with a network of your own: new study/"),
     "train": ("qtorch.cli.train", "train and evaluate a model; Hydra overrides, -m for a sweep"),
     "sweep": ("qtorch.cli.sweep", "sweeps of train -m: list, show NAME, best NAME, resume NAME"),
     "runs": ("qtorch.cli.runs", "list the runs of the tracking store; filter them, choose columns"),
@@ -33,10 +34,14 @@ COMMANDS = {
         "import data into Qlib's format, describe a source, manage the cache",
     ),
     "tracking": ("qtorch.cli.tracking", "send: deliver data that a server has not received"),
+    "completion": (
+        "qtorch.cli.setup.completion",
+        "complete commands and settings by Tab",
+    ),
 }
 
 # Without arguments these commands show their help.
-ACTION_COMMANDS = ("sweep", "worker", "tasks", "data", "tracking")
+ACTION_COMMANDS = ("new", "completion", "sweep", "worker", "tasks", "data", "tracking")
 # torchrun and srun start these commands on every rank: rank 0 runs the command, the other ranks
 # only take part in its trainings.
 RANK_COMMANDS = ("train", "finetune")

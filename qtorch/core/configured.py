@@ -54,8 +54,11 @@ class Configured(metaclass=ConfiguredMeta):
         return self
 
     def __repr__(self) -> str:
-        arguments = (f"{k}={v!r:.80}" for k, v in getattr(self, "_arguments", {}).items())
-        return f"{type(self).__name__}({', '.join(arguments)})"
+        arguments = getattr(self, "_arguments", {})
+        texts = (
+            f"{name}={' '.join(repr(value).split())[:80]}" for name, value in arguments.items()
+        )
+        return f"{type(self).__name__}({', '.join(texts)})"
 
     def to_config(self) -> dict[str, Any]:
         """Return `{"_target_": import path of the class, argument: plain value, ...}`.

@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -132,6 +133,8 @@ def _create_console_handler() -> logging.Handler:
     else:
         # Notebooks show stderr in red, as if each line was an error.
         handler = logging.StreamHandler(sys.stdout if is_notebook() else sys.stderr)
+        if is_notebook():  # MLflow's progress bars want ipywidgets
+            warnings.filterwarnings("ignore", message="IProgress not found")
         handler.setFormatter(
             RedactingFormatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
         )

@@ -296,9 +296,8 @@ class DatasetH(Dataset):
     def _repr_html_(self) -> str:
         """Show handler and segments in a notebook; nothing is loaded for that."""
         segments = {name: f"{start} to {end}" for name, (start, end) in self.segments.items()}
-        source = {"source": getattr(self.handler, "source", None)}
-        source = {k: repr(v)[:200] for k, v in source.items() if v is not None}
-        facts = {"handler": repr(self.handler), **source, **segments}
+        source = getattr(self.handler, "source", None)
+        facts = {"handler": repr(self.handler), "source": repr(source)[:200], **segments}
         return html_summary(type(self).__name__, facts)
 
     # -- Qlib's API ----------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Commands for a new user: a first project, and completion in the shell."""
