@@ -138,6 +138,7 @@ def count_stages(gpu: PretendedCuda) -> None:
             if hook in module_class.__dict__:
                 count(module_class, hook, hook.removeprefix("on_").replace("_", " "))
     count(ScoreModule, "training_step", "train", is_step=True)
+    count(CheckpointCallback, "on_validation_start", "validation start")
     count(CheckpointCallback, "on_train_epoch_end", "checkpoint at the epoch's end")
 
 

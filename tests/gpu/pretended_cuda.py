@@ -272,7 +272,7 @@ class PretendedCuda(TorchDispatchMode):
         if not cpu_tensors or not any(isinstance(a, CudaTensor) for a in flat):
             return
         # The lists of a foreach operation are divided by device by its caller.
-        if name in MIXED_DEVICES or name.startswith("_foreach") or name == "_fused_adam_":
+        if name in MIXED_DEVICES or name.startswith(("_foreach", "_fused")):
             return
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, "

@@ -93,10 +93,20 @@ def test_inner_steps_give_bit_identical_results_on_gpu(dataset: ToyDataset) -> N
     assert fits[0].evals_result_ == fits[1].evals_result_
 
 
-def test_steps_do_not_wait_for_the_device(dataset: ToyDataset, no_waits_in_steps) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_steps_do_not_wait_for_the_device(dataset, precision, no_waits_in_steps) -> None:
+    trainer = {**GPU, "precision": precision, "gradient_clip_val": 1.0}
     for batch in ({"size": 64}, DAYS):
-        model = fit_model(dataset, LSTM, trainer=GPU, batch=batch)
+        model = fit_model(dataset, LSTM, trainer=trainer, batch=batch)
         assert model.fit_report_["device"].startswith("cuda")
+        losses = model.evals_result_["train"]["loss"]
+        assert losses[-1] < losses[0]
+
+
+def test_optimizers_are_fused_unless_the_user_has_chosen(dataset: ToyDataset) -> None:
+    for changes, is_fused in (({}, True), ({"foreach": True}, None), ({"fused": False}, False)):
+        model = fit_model(dataset, "MLP", trainer=GPU, optimizer={**ADAM, **changes}, epochs=1)
+        assert model.optimizer_state_["param_groups"][0]["fused"] is is_fused
 
 
 @pytest.mark.parametrize(
@@ -206,7 +216,7 @@ def test_all_losses(loss, no_waits_in_steps) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optimizer": {**ADAM, "fused": True}},
+        {"optimizer": {**ADAM, "foreach": True}},
         {"optimizer": {**ADAM, "capturable": True}},
         {"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.01, "momentum": 0.9}},
         {"optimizer": "adamw"},
@@ -223,7 +233,7 @@ def test_all_losses(loss, no_waits_in_steps) -> None:
             }
         },
     ],
-    ids=["fused", "capturable", "SGD", "AdamW", "StepLR", "plateau", "OneCycleLR"],
+    ids=["foreach", "capturable", "SGD", "AdamW", "StepLR", "plateau", "OneCycleLR"],
 )
 def test_optimizers_and_schedulers(dataset: ToyDataset, changes, no_waits_in_steps) -> None:
     model = fit_model(dataset, "MLP", trainer={**GPU, "gradient_clip_val": 1.0}, **changes)

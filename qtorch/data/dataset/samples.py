@@ -335,14 +335,14 @@ class Samples:
         result._cached_table = result._feature_pack = None
         if self._columns is None:
             pack = self.feature_pack
-            result._feature_pack = pack if pack.device == device else pack.to(device)
+            result._feature_pack = pack if pack.device == device else pack.to(device, self.step_len)
         return result
 
     def _pack(self, device: torch.device) -> PackedColumns:
         if self._feature_pack is not None:
             return self._feature_pack
         assert self._columns is not None
-        feature_pack = self._columns.pack(device, history=self.history)
+        feature_pack = self._columns.pack(device, history=self.history, step_len=self.step_len)
         if not feature_pack.is_checked:
             infinite = feature_pack.infinite_columns().tolist()
             check_processed_columns(self._columns.names, infinite, "features")

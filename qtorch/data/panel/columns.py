@@ -14,7 +14,12 @@ from torch import Tensor
 
 from qtorch.core.errors import DataError, unknown_name_message
 from qtorch.data.panel.elementwise import Chain, Elementwise
-from qtorch.data.panel.gather import DensePackedColumns, PackedColumns
+from qtorch.data.panel.gather import (
+    DensePackedColumns,
+    History,
+    PackedColumns,
+    allocate_storage,
+)
 from qtorch.data.panel.panel import Panel, duplicate_names
 
 # Block sizes for copies between field-major and instrument-major storage, chosen so that the
@@ -70,7 +75,7 @@ class Columns(ABC):
         """Return columns on the same storage with other names, overrides and chain."""
 
     @abstractmethod
-    def _pack(self, device: torch.device, history: Tensor | None) -> PackedColumns:
+    def _pack(self, device: torch.device, history: Tensor | None, step_len: int) -> PackedColumns:
         """Lay the columns out as `pack` describes, without looking for a shared pack."""
 
     @property
@@ -176,7 +181,11 @@ class Columns(ABC):
         return self._derive(tuple(names), overrides, self._chain.drop(dropped_names))
 
     def pack(
-        self, device: torch.device | str = "cpu", *, history: Tensor | None = None
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        history: Tensor | None = None,
+        step_len: int = 1,
     ) -> PackedColumns:
         """Lay the columns out for gathering windows, on `device`.
 
@@ -184,14 +193,15 @@ class Columns(ABC):
         all rows exist). Nothing is copied if the storage is on the device, laid out by instrument
         and holds exactly these columns; the chain is then applied to each batch. Otherwise the copy
         has the chain applied already. Small columns with a chain are copied as well, because one
-        copy is cheaper than applying the chain to every batch. Callers that ask for the same device
+        copy is cheaper than applying the chain to every batch. A copy has room for the filled
+        windows of `step_len`. Callers that ask for the same device
         and history share one pack as long as one of them holds it.
         """
         target = torch.device(device)
         existing = self.find_shared_pack(target, history)
         if existing is not None:
             return existing
-        packed_columns = self._pack(target, history)
+        packed_columns = self._pack(target, history, step_len)
         packed_columns.source_history = history
         self._packs[_pack_key(target, history)] = weakref.ref(packed_columns)
         return packed_columns
@@ -291,7 +301,7 @@ class PanelColumns(Columns):
         """Whether the columns before the chain are exactly the panel's fields, in their order."""
         return not self._overrides and self.names == self._panel.fields
 
-    def _pack(self, device: torch.device, history: Tensor | None) -> PackedColumns:
+    def _pack(self, device: torch.device, history: Tensor | None, step_len: int) -> PackedColumns:
         values = self._panel.values.permute(1, 0, 2)
         fused_chain = self._chain.compile(self.names, device)
         # Laid out by instrument, as a pack needs it.
@@ -305,7 +315,9 @@ class PanelColumns(Columns):
                 is_finite=self._finite_fields.issuperset(self.names),
             )
         d, n, f = self.shape
-        out = torch.empty(n, d, f, device=device)
+        rows = History(history, (d, n), device)
+        storage = allocate_storage((n, d, f), device, rows, step_len)
+        out = storage[: n * d].view(n, d, f)
         if is_laid_out:
             out.copy_(values)
         else:
@@ -317,7 +329,7 @@ class PanelColumns(Columns):
                 result = fused_chain(part)
                 if result is not part:  # else the chain has written in place
                     part.copy_(result)
-        return DensePackedColumns(out, history=history, owns_values=True)
+        return DensePackedColumns(out, history=rows, owns_values=True, storage=storage)
 
 
 def instrument_major(num_dates: int, num_instruments: int, num_fields: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,24 @@ class History:
         previous_count[step_len:] = count[:-step_len]
         return (count - previous_count != step_len).t()
 
+    def extension(self, step_len: int) -> Extension:
+        """Return what must be stored in addition so that every window is contiguous.
+
+        Waits for the device.
+        """
+        incomplete = self.incomplete_windows(step_len) & self.exists.t()
+        device = incomplete.device
+        rank = torch.arange(self.num_dates, device=device) if self.rank is None else self.rank
+        days = torch.arange(self.num_dates, device=device) if self.days is None else self.days
+        first_rank = rank[self.exists.t().to(torch.int8).argmax(1)]  # [N], of the first row
+        is_early = incomplete & (rank - first_rank[:, None] < step_len - 1)
+        early = torch.nonzero(is_early.any(1))[:, 0]
+        last_rank = (first_rank[early] + step_len - 2).clamp(max=len(days) - 1)
+        instrument, date = torch.nonzero(incomplete & ~is_early, as_tuple=True)
+        return Extension(
+            step_len, early, last_rank, days[last_rank], rank, is_early, instrument, date
+        )
+
     def rows(self, date: Tensor, instrument: Tensor, step_len: int, fill: str) -> Tensor:
         """Return the calendar row `[B, T]` for each step of each window; -1 if it stays missing."""
         steps = torch.arange(1 - step_len, 1, device=date.device)
@@ -67,6 +86,44 @@ class History:
             is_empty = first_row == self.num_dates
             rows = torch.where(rows < 0, first_row, rows).masked_fill(is_empty, -1)
         return rows
+
+
+class Extension(NamedTuple):
+    """The incomplete windows of existing rows, as they are stored behind the values.
+
+    An instrument's first `step_len - 1` windows overlap as others do, once the rows before its
+    first one are filled: they are stored as one block of `2 (step_len - 1)` rows. Every other
+    incomplete window is stored by itself.
+
+    `early [K]` are the instruments with a block, `last_rank [K]` and `last_date [K]` the last day
+    of the block as a rank and as a calendar row. `rank [D]` numbers the days that have rows.
+    `is_early [N, D]` marks the windows that lie in a block; `instrument` and `date` are the others.
+    """
+
+    step_len: int
+    early: Tensor
+    last_rank: Tensor
+    last_date: Tensor
+    rank: Tensor
+    is_early: Tensor
+    instrument: Tensor
+    date: Tensor
+
+    @property
+    def block_len(self) -> int:
+        """The number of rows of a block."""
+        return 2 * (self.step_len - 1)
+
+    @property
+    def num_rows(self) -> int:
+        """The number of stored rows; the last window is all NaN, for rows that do not exist."""
+        num_windows = len(self.date) + 1
+        return len(self.early) * self.block_len + num_windows * self.step_len
+
+    def is_small(self, row_bytes: int, num_rows: int) -> bool:
+        """Whether it is small beside `num_rows` rows of values of `row_bytes` each."""
+        limit = max(EXTENSION_BYTES, EXTENSION_SHARE * row_bytes * num_rows)
+        return self.num_rows * row_bytes <= limit
 
 
 class PackedColumns(ABC):
@@ -121,8 +178,8 @@ class PackedColumns(ABC):
         return self.values.numel() * self.values.element_size()
 
     @abstractmethod
-    def to(self, device: torch.device) -> PackedColumns:
-        """Return a copy on another device."""
+    def to(self, device: torch.device, step_len: int = 1) -> PackedColumns:
+        """Return a copy on another device, with room for the filled windows of `step_len`."""
 
     @abstractmethod
     def infinite_columns(self) -> Tensor:
@@ -133,7 +190,8 @@ class DensePackedColumns(PackedColumns):
     """Values `[N, D, F]`, in which a window is one contiguous piece of memory.
 
     If the pack owns its values (and there are no fused operations), incomplete windows are filled
-    once and appended to the values. Every window is then contiguous and a gather is one
+    once and appended to the values, see `Extension`. `storage [rows, F]` begins with the values and
+    may have room for them. Every window is then contiguous and a gather is one
     `index_select`, without any check that would make the host wait for the GPU (a window that ends
     at a row that does not exist, and is therefore no sample, is all NaN). Otherwise, or if that
     would take too much memory, incomplete windows are filled in each batch.
@@ -143,19 +201,23 @@ class DensePackedColumns(PackedColumns):
         self,
         values: Tensor,
         *,
-        history: Tensor | None = None,
+        history: Tensor | History | None = None,
         fused_chain: FusedChain | None = None,
         owns_values: bool = False,
+        storage: Tensor | None = None,
         is_finite: bool = False,
     ) -> None:
         self.values = values.contiguous()
         self._is_finite = is_finite  # known in advance, so that the values need not be scanned
         self.fused_chain = fused_chain or FusedChain()
         n, d, f = self.values.shape
-        self.history = History(history, (d, n), values.device)
+        if not isinstance(history, History):
+            history = History(history, (d, n), values.device)
+        self.history = history
         # Filled windows are appended only to values that nobody else holds, and that are final.
         self._can_append = owns_values and not len(self.fused_chain)
         self._flat = self.values.view(n * d, f)
+        self._storage = self._flat if storage is None else storage
         self._starts: dict[tuple[int, str], Tensor | None] = {}
         self._incomplete_windows: dict[int, Tensor] = {}
 
@@ -228,36 +290,63 @@ class DensePackedColumns(PackedColumns):
     def _append_filled_windows(self, step_len: int, fill: str) -> Tensor | None:
         """Append the filled incomplete windows to the values; None if they need too much memory."""
         n, d, f = self.values.shape
-        incomplete_windows = self.history.incomplete_windows(step_len)
-        instrument, date = torch.nonzero(
-            incomplete_windows & self.history.exists.t(), as_tuple=True
-        )
-        size = (len(date) + 1) * step_len * f * self.values.element_size()
-        if size > max(EXTENSION_BYTES, EXTENSION_SHARE * self.num_bytes):
-            return None
+        extension = self.history.extension(step_len)
         num_rows = self._flat.shape[0]
-        # The last appended window is all NaN, for rows that do not exist.
-        flat = self.values.new_full((num_rows + (len(date) + 1) * step_len, f), torch.nan)
-        flat[:num_rows] = self._flat
-        for first in range(0, len(date), CHUNK):
-            part = slice(first, first + CHUNK)
-            filled_windows = self._gather_by_row(
-                date[part], instrument[part], step_len, fill
-            ).flatten(0, 1)
-            flat[num_rows + first * step_len :][: len(filled_windows)] = filled_windows
+        if not extension.is_small(f * self.values.element_size(), n * d):
+            return None
+        flat = self._extend_storage(num_rows + extension.num_rows)
+        first_window = num_rows + len(extension.early) * extension.block_len
+        flat[-step_len:] = torch.nan
+        self._write_filled(
+            flat[num_rows:first_window],
+            (extension.last_date, extension.early),
+            extension.block_len,
+            fill,
+        )
+        self._write_filled(
+            flat[first_window:-step_len], (extension.date, extension.instrument), step_len, fill
+        )
         starts = torch.arange(n * d, device=flat.device).view(n, d) - (step_len - 1)
-        starts[incomplete_windows] = num_rows + len(date) * step_len
-        starts[instrument, date] = num_rows + torch.arange(len(date), device=flat.device) * step_len
+        starts[self.history.incomplete_windows(step_len)] = len(flat) - step_len
+        # A window's place in its instrument's block depends on the days to the block's end.
+        block_end = torch.zeros(n, dtype=torch.int64, device=flat.device)
+        blocks = torch.arange(len(extension.early), device=flat.device) * extension.block_len
+        block_end[extension.early] = num_rows + blocks + step_len - 2 - extension.last_rank
+        starts = torch.where(extension.is_early, block_end[:, None] + extension.rank, starts)
+        windows = torch.arange(len(extension.date), device=flat.device) * step_len
+        starts[extension.instrument, extension.date] = first_window + windows
         self._flat, self.values = flat, flat[: n * d].view(n, d, f)
         return starts.reshape(-1).to(torch.int32 if len(flat) < 2**31 else torch.int64)
 
-    def to(self, device: torch.device) -> PackedColumns:
-        values = self.values.to(device, copy=True)
+    def _extend_storage(self, num_rows: int) -> Tensor:
+        """Return memory of `num_rows` rows that begins with what is stored now."""
+        if len(self._storage) < num_rows:
+            storage = self._storage.new_empty((num_rows, self._flat.shape[1]))
+            storage[: len(self._flat)] = self._flat
+            self._storage = storage
+        return self._storage[:num_rows]
+
+    def _write_filled(
+        self, target: Tensor, pairs: tuple[Tensor, Tensor], step_len: int, fill: str
+    ) -> None:
+        """Write the filled windows that end at the pairs (date, instrument), one after another."""
+        date, instrument = pairs
+        for first in range(0, len(date), CHUNK):
+            part = slice(first, first + CHUNK)
+            windows = self._gather_by_row(date[part], instrument[part], step_len, fill)
+            target[first * step_len :][: len(windows) * step_len] = windows.flatten(0, 1)
+
+    def to(self, device: torch.device, step_len: int = 1) -> PackedColumns:
+        n, d, f = self.values.shape
+        history = History(self.history.exists, (d, n), device)
+        storage = allocate_storage(self.values.shape, device, history, step_len)
+        values = storage[: n * d].view(n, d, f)
+        values.copy_(self.values)
         fused_chain = self.fused_chain.to(device)
         if len(fused_chain):
             for first in range(0, len(values), CHUNK):
                 values[first : first + CHUNK] = fused_chain(values[first : first + CHUNK])
-        return DensePackedColumns(values, history=self.history.exists, owns_values=True)
+        return DensePackedColumns(values, history=history, owns_values=True, storage=storage)
 
     def infinite_columns(self) -> Tensor:
         n, _, f = self.values.shape
@@ -272,6 +361,19 @@ class DensePackedColumns(PackedColumns):
             is_infinite &= self.history.exists[:, first : first + 16].t()[..., None]
             has_infinity |= is_infinite.flatten(0, 1).any(0)
         return has_infinity
+
+
+def allocate_storage(
+    shape: tuple[int, ...], device: torch.device, history: History, step_len: int
+) -> Tensor:
+    """Allocate the storage of values `[N, D, F]`, with room for filled windows of `step_len`."""
+    n, d, f = shape
+    num_rows = n * d
+    if step_len > 1:
+        extension = history.extension(step_len)
+        if extension.is_small(4 * f, num_rows):
+            num_rows += extension.num_rows
+    return torch.empty(num_rows, f, device=device)
 
 
 def check_fill(fill: str) -> None:

@@ -126,7 +126,7 @@ class WindowColumns(Columns):
             chain=chain,
         )
 
-    def _pack(self, device: torch.device, history: Tensor | None) -> PackedColumns:
+    def _pack(self, device: torch.device, history: Tensor | None, step_len: int) -> PackedColumns:
         whole_fields = self.window_fields
         fields = list(whole_fields or self.fields)
         if PRICE not in fields:
@@ -236,7 +236,7 @@ class WindowPackedColumns(PackedColumns):
         ]
         return x
 
-    def to(self, device: torch.device) -> PackedColumns:
+    def to(self, device: torch.device, step_len: int = 1) -> PackedColumns:
         return WindowPackedColumns(
             self.values.to(device),
             self.fields,

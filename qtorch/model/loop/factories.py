@@ -18,6 +18,8 @@ from qtorch.metrics.loss import LOSSES, BaseLoss, Combined
 
 Spec = str | Mapping[str, Any] | Callable[..., Any]  # a name, a configuration, or the object
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+# Those of torch with a fused implementation on CUDA.
+FUSED_OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 TARGET_KEYS = set(NAME_KEYS)  # one of them names what a configuration builds
 
 
@@ -100,6 +102,35 @@ def check_optimizer(spec: Spec | None) -> None:
     product_class = getattr(factory, "func", factory)
     if isinstance(product_class, type) and issubclass(product_class, Optimizer):
         explain_errors(factory)([nn.Parameter(torch.zeros(1))])
+
+
+def fuse_on_gpu(factory: OptimizerFactory) -> OptimizerFactory:
+    """Wrap the factory of an optimizer to update all weights on a GPU by one fused operation.
+
+    Only for optimizers of torch that have it, and unless the user has chosen `fused`, `foreach`,
+    `capturable` or `differentiable`. The other implementations start several operations each step.
+    """
+
+    def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        optimizer = factory(parameters)
+        groups = optimizer.param_groups
+        if type(optimizer) in FUSED_OPTIMIZERS and all(_can_fuse(group) for group in groups):
+            for group in groups:
+                group["fused"] = True
+            # As if it had been built with fused=True: it can skip a step whose float16 gradients
+            # are infinite by itself, so that the GradScaler need not read them.
+            optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+        return optimizer
+
+    return make
+
+
+def _can_fuse(group: Mapping[str, Any]) -> bool:
+    is_chosen = group.get("fused") is not None or group.get("foreach") is not None
+    is_special = group.get("capturable") or group.get("differentiable")
+    return not (is_chosen or is_special) and all(
+        p.is_cuda and p.is_floating_point() for p in group["params"]
+    )
 
 
 def explain_errors(factory: Callable[..., Any], kind: str = "optimizer") -> Callable[..., Any]:

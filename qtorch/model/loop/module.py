@@ -310,9 +310,21 @@ class ScoreModule(pl.LightningModule):
         return mean_from_sums(total * size, self.ranks.sum(weight))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.clip_value is None:
+            return
         # Clip here because the GradScaler has unscaled the gradients by now, at any precision.
-        if self.clip_value is not None:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
             self.clip_gradients(optimizer, self.clip_value, self.clip_algorithm)
+            return
+        # Lightning leaves the gradients to an optimizer that unscales them in its step, and refuses
+        # to clip them.
+        scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.clip_algorithm == "value":
+            nn.utils.clip_grad_value_(parameters, self.clip_value)
+        else:
+            nn.utils.clip_grad_norm_(parameters, self.clip_value)
 
     def on_train_epoch_end(self) -> None:
         name = PRETRAIN_LOSS if self.is_pretraining else TRAIN_LOSS

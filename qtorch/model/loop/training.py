@@ -36,6 +36,7 @@ from qtorch.model.loop.factories import (
     build_factory,
     build_loss,
     explain_errors,
+    fuse_on_gpu,
     group_parameters,
 )
 from qtorch.model.loop.lightning_internals import (
@@ -284,6 +285,8 @@ class Training:
     def _build_optimizer_factory(self) -> OptimizerFactory:
         factory, state = group_parameters(self.recipe.optimizer, self.network), self.optimizer_state
         factory = explain_errors(factory)
+        if not is_sharding(self.recipe.trainer):
+            factory = fuse_on_gpu(factory)
         if self.tuning is not None:
             has_groups = isinstance(self.recipe.optimizer, Mapping) and (
                 "groups" in self.recipe.optimizer

@@ -16,6 +16,7 @@ from qtorch.data.panel import gather
 from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.panel.frames import view_from_frame
 from qtorch.data.panel.gather import FILLS, DensePackedColumns
+from qtorch.data.panel.panel import Panel
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "scripts" / "parity"))
@@ -93,6 +94,34 @@ def test_incomplete_windows_are_filled_per_batch_if_memory_is_short(monkeypatch)
         assert same(
             small.gather(date, instrument, 5, fill), large.gather(date, instrument, 5, fill)
         )
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_late_listings_need_little_memory_and_no_copy_of_the_values(fill):
+    num_dates, num_instruments, step_len = 60, 30, 10
+    exists = torch.ones(num_dates, num_instruments, dtype=torch.bool)
+    for k in range(num_instruments):
+        exists[: k % 7, k] = False  # listed on different days
+    exists[30, 4] = False  # one gap: the windows that contain it are stored one by one
+    panel = Panel(
+        torch.randn(num_dates, num_instruments, 3),
+        pd.date_range("2020-01-01", periods=num_dates),
+        [f"S{k}" for k in range(num_instruments)],
+        ["a", "b", "c"],
+    )
+    pack = PanelColumns(panel, ["a", "c"]).pack(history=exists, step_len=step_len)
+    address = pack.values.data_ptr()
+    date, instrument = torch.nonzero(exists, as_tuple=True)
+    starts = pack.window_starts(date, instrument, step_len, fill)
+    assert starts is not None
+    assert pack.values.data_ptr() == address
+    num_extra_rows = pack._flat.shape[0] - num_dates * num_instruments
+    num_gap_windows = step_len - 1
+    assert num_extra_rows == 18 * num_instruments + step_len * (num_gap_windows + 1)
+    expected_pack = DensePackedColumns(pack.values.clone(), history=exists)
+    assert same(
+        pack.windows(starts, step_len), expected_pack.gather(date, instrument, step_len, fill)
+    )
 
 
 def test_the_result_is_new_memory():
