@@ -132,8 +132,9 @@ class Child:
             try:
                 self._connection.send_bytes(_encode(message))
             except OSError:
-                # Half of the message may be in the connection; nothing can follow it.
-                self._connection.close()
+                # Half of the message may be in the connection; nothing can follow it. What the
+                # child has sent, perhaps just before its end, can still be read.
+                _end_sending(self._connection)
                 return False
         return True
 
@@ -418,6 +419,12 @@ def connect() -> tuple[Connection, Connection]:
     for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
         parent.setsockopt(socket.SOL_SOCKET, option, limit)
     return Connection(parent.detach()), Connection(child.detach())
+
+
+def _end_sending(connection: Connection) -> None:
+    """Close the connection for sending only: the other side reads the end of it."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.shutdown(socket.SHUT_WR)
 
 
 def _encode(message: Mapping[str, Any]) -> bytes:
