@@ -156,6 +156,7 @@ class PortAnaRecord(Record):
 
         The backtest raises the same error, but after the training.
         """
+        topk: Any
         if isinstance(self.strategy, TopkDropoutStrategy):
             topk = self.strategy.topk
         elif isinstance(self.strategy, Mapping):

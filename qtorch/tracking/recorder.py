@@ -198,8 +198,9 @@ class Recorder:
         self._attempt = int(run.tags.get(ATTEMPT_TAG, "1"))
 
     def __getstate__(self) -> dict[str, Any]:
-        process_attributes = ("_ledger", "_sender", "_run_files", "_stop_monitor", "_deactivate")
-        process_attributes += ("_run_log",)
+        process_attributes = (
+            "_ledger", "_sender", "_run_files", "_stop_monitor", "_deactivate", "_run_log",
+        )  # fmt: skip
         return {**self.__dict__, **dict.fromkeys(process_attributes), "owner": 0}
 
     @property

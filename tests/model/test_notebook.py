@@ -44,7 +44,8 @@ def test_progress_bar_in_a_notebook(dataset, monkeypatch):
         HTML=str, display=lambda page, display_id: pages.append(page) or handle
     )
     shell = SimpleNamespace(kernel=None)
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    ipython = SimpleNamespace(get_ipython=lambda: shell, display=module)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", module)
     assert is_notebook()
     fit_model(dataset, trainer={"enable_progress_bar": True}, epochs=2)

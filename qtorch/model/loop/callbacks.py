@@ -65,9 +65,7 @@ class NotebookProgressBar(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        from IPython.display import HTML, display
-
-        self._display = display(HTML(self._render(trainer)), display_id=True)
+        self._display = _ipython_display().display(self._page(trainer), display_id=True)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         super().on_train_batch_end(*args, **kwargs)
@@ -78,13 +76,11 @@ class NotebookProgressBar(ProgressBar):
         self._update(trainer)
 
     def _update(self, trainer: pl.Trainer) -> None:
-        from IPython.display import HTML
-
         self._last_time = time.monotonic()
         if self._display is not None:
-            self._display.update(HTML(self._render(trainer)))
+            self._display.update(self._page(trainer))
 
-    def _render(self, trainer: pl.Trainer) -> str:
+    def _page(self, trainer: pl.Trainer) -> Any:
         position, num_batches = self.loader.position, self.loader.num_batches
         metrics = {
             name: f"{float(value):.6g}"
@@ -94,7 +90,15 @@ class NotebookProgressBar(ProgressBar):
         last_epoch = "" if (trainer.max_epochs or -1) < 0 else f" of {trainer.max_epochs}"
         text = f"epoch {trainer.current_epoch + 1}{last_epoch}, batch {position} of {num_batches}"
         text += "".join(f", {name} {value}" for name, value in metrics.items())
-        return f"<progress value='{position}' max='{num_batches}'></progress> {html.escape(text)}"
+        bar = f"<progress value='{position}' max='{num_batches}'></progress>"
+        return _ipython_display().HTML(f"{bar} {html.escape(text)}")
+
+
+def _ipython_display() -> Any:
+    """Return IPython's module of displays, which has no types; a notebook has imported it."""
+    import IPython.display
+
+    return IPython.display
 
 
 class EpochAveraging(WeightAveraging):
