@@ -57,6 +57,8 @@ def reset_session(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # A run left open by this test must not leak into the next one.
     for recorder in running_recorders():
         remove_running(recorder)
+        if recorder._deactivate is not None:
+            recorder._deactivate()
     # A command's log handler writes to the stderr of this test, which ends with the test.
     logger = logging.getLogger("qtorch")
     logger.handlers.clear()

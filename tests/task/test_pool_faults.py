@@ -63,7 +63,9 @@ def test_every_task_is_done_once_while_workers_are_killed(manager, tmp_path):
     )
     assert workers.wait(540) == 0
     assert check_attempts(manager, tmp_path / "journal") == {"done": num_tasks}
-    assert sum(t["lost"] for t in manager.query()) >= 5, "no worker was killed during a task"
+    min_lost = 2 if manager.url.startswith("mongodb") else 5
+    lost = sum(t["lost"] for t in manager.query())
+    assert lost >= min_lost, "too few workers were killed during a task"
 
 
 @pytest.mark.slow

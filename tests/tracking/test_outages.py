@@ -24,6 +24,7 @@ from qtorch.task import TaskManager, run_task
 from qtorch.tracking import R
 from qtorch.tracking import delivery as outbox
 from qtorch.tracking.mlflow_store import open_store
+from qtorch.tracking.run_log import RUN_LOG
 from qtorch.tracking.store_types import NotInStoreError
 
 pytestmark = pytest.mark.slow
@@ -93,7 +94,7 @@ def read_run(server, run_id: str) -> dict:
         },
         "params": {k: v for k, v in run.data.params.items() if k.startswith("param")},
         "tags": {k: v for k, v in run.data.tags.items() if k.startswith(("tag", "last"))},
-        "files": {k: v for k, v in files.items() if not k.startswith("code_")},
+        "files": {k: v for k, v in files.items() if not k.startswith(("code_", RUN_LOG))},
     }
 
 

@@ -45,7 +45,7 @@ def check():
         ("model.optimizer={lr: abc}", "Adam does not accept {'lr': 'abc'}"),
         ("model.optimizer._target_=torch.optim.Adamm", "Did you mean 'Adam'"),
         ("model.scheduler={_target_: torch.optim.lr_scheduler.StepLRR}", "Did you mean 'StepLR'"),
-        ("trainer.accelerator=gpuu", "'gpuu' is not a device"),
+        ("trainer.accelerator=gpuu", "unknown trainer.accelerator 'gpuu'"),
         ("model.batch.order=ranom", "Did you mean 'random'"),
         ("model.inner_steps=0", "inner_steps is 0"),
         ("+model.day_label={zscores: true}", "Did you mean 'zscore'"),
