@@ -93,6 +93,8 @@ def fit_network(
                         tuning=tuning,
                         optimizer_state=optimizer_state,
                     )
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             device_samples = train.to(device), None if valid is None else valid.to(device)
             training = Training(
                 network,

@@ -535,6 +535,8 @@ def replace_torch_functions(gpu: PretendedCuda) -> list[Callable[[], None]]:
         "_lazy_init": lambda: None,
         "is_initialized": lambda: True,
         "mem_get_info": lambda device=None: (130 * GB, 139 * GB),
+        "max_memory_allocated": lambda device=None: num_device_bytes(),
+        "reset_peak_memory_stats": lambda device=None: None,
         "memory_allocated": lambda device=None: num_device_bytes(),
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: gpu.count_wait("torch.cuda.synchronize"),

@@ -47,11 +47,11 @@ def no_waits():
 
 def without_waits(step: Any) -> Any:
     @functools.wraps(step)  # Lightning looks at the names of the arguments
-    def step_without_waits(self: Any, batches: Any) -> Any:
+    def guarding_step(self: Any, batches: Any) -> Any:
         with no_waits():
             return step(self, batches)
 
-    return step_without_waits
+    return guarding_step
 
 
 @pytest.fixture
@@ -142,14 +142,14 @@ def test_resumed_training_is_bit_identical(dataset, trainer, tmp_path, monkeypat
     models[0].fit(dataset, recorder=recorders[0])
     original_batches = BatchLoader.batches
 
-    def batches_until_interruption(self, epoch, start_step=0):
+    def stopping_batches(self, epoch, start_step=0):
         for step, batch in enumerate(original_batches(self, epoch, start_step), start_step):
             if self.order == "random" and (epoch, step) == (1, 10):
                 raise KeyboardInterrupt
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(BatchLoader, "batches", batches_until_interruption)
+        patch.setattr(BatchLoader, "batches", stopping_batches)
         with pytest.raises(TrainingInterrupted):
             models[1].fit(dataset, recorder=recorders[1])
     models[2].fit(dataset, recorder=recorders[1])
@@ -184,7 +184,7 @@ def test_a_fit_leaves_nothing_on_the_device(dataset: ToyDataset) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    "method",
     [
         {"lora": {"rank": 2}},
         {"train": "head"},
@@ -192,12 +192,12 @@ def test_a_fit_leaves_nothing_on_the_device(dataset: ToyDataset) -> None:
         {"layer_decay": 0.5},
         {"keep_optimizer": True},
     ],
-    ids=lambda options: next(iter(options)),
+    ids=lambda method: next(iter(method)),
 )
-def test_all_forms_of_fine_tuning(dataset: ToyDataset, options, no_waits_in_steps) -> None:
+def test_all_forms_of_fine_tuning(dataset: ToyDataset, method, no_waits_in_steps) -> None:
     model = fit_model(dataset, LSTM, trainer=GPU, epochs=1)
     before = {k: v.clone() for k, v in model_weights(model).items()}
-    model.finetune(dataset, max_epochs=2, **options)
+    model.finetune(dataset, max_epochs=2, **method)
     assert model.fit_report_["device"].startswith("cuda")
     assert not same_weights(before, model_weights(model))
     assert model.predict(dataset).notna().all()

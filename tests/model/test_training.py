@@ -313,7 +313,7 @@ def test_last_weights_are_kept_without_a_valid_segment(dataset: ToyDataset) -> N
 def test_a_fit_leaves_no_features_in_memory(network, changes) -> None:
     packs, original_pack = [], Samples._pack
 
-    def pack_and_record(self, device):
+    def recording_pack(self, device):
         pack = original_pack(self, device)
         packs.append(weakref.ref(pack))
         return pack
@@ -322,7 +322,7 @@ def test_a_fit_leaves_no_features_in_memory(network, changes) -> None:
     gc.disable()  # reference counts alone must free the memory
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Samples, "_pack", pack_and_record)
+            patch.setattr(Samples, "_pack", recording_pack)
             models = [fit_model(ToyDataset(), network, **changes) for _ in range(2)]
         assert len(packs) >= 4
         assert not any(reference() for reference in packs)

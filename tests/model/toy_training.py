@@ -208,10 +208,13 @@ def resumable_model(**changes: Any) -> Any:
     return LightningModel(**{**arguments, **changes})
 
 
-def main(folder: str, kill_step: str = "never", signal_name: str = "SIGKILL") -> None:
+def main(
+    folder: str, kill_step: str = "never", signal_name: str = "SIGKILL", trainer: str = "{}"
+) -> None:
     """Train in `folder`; send this process a signal before batch `kill_step` ("epoch:step").
 
-    Writes the weights to `folder/weights.pt` if training finishes.
+    `trainer` is a JSON object with other arguments of the trainer. Writes the weights to
+    `folder/weights.pt` if training finishes.
     """
     from qtorch.data.dataset.batches import BatchLoader
 
@@ -226,6 +229,7 @@ def main(folder: str, kill_step: str = "never", signal_name: str = "SIGKILL") ->
 
     BatchLoader.batches = failing_batches  # type: ignore[method-assign]
     model = resumable_model()
+    model.trainer |= json.loads(trainer)
     model.fit(ToyDataset(), recorder=ToyRecorder(Path(folder)))
     torch.save(model.network_.state_dict(), Path(folder) / "weights.pt")
 

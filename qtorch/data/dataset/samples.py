@@ -33,6 +33,7 @@ Store = Literal["auto", "device", "host"]
 STORES: tuple[str, ...] = ("auto", "device", "host")
 # The share of the device's free memory that the features may take; larger ones stay on the host.
 DEVICE_SHARE = 0.6
+CELL_BYTES = 32  # at most, while the features are packed
 
 
 class Samples:
@@ -298,16 +299,26 @@ class Samples:
         target = torch.device(device)
         if str(target) == "cuda":
             target = torch.device("cuda", torch.cuda.current_device())
-        stays_on_host = store == "host" or (store == "auto" and self._too_large(target))
-        storage_device = torch.device("cpu") if stays_on_host else target
+        if store == "host" or (store == "auto" and self._too_large(target)):
+            if target.type != "cpu":
+                log.info("%s; batches are prefetched to %s", self._host_message(), target)
+            return self._move(target, "host")
+        try:
+            return self._move(target, "device")
+        except torch.OutOfMemoryError:
+            if store == "device":
+                raise
+        log.warning("%s: they did not fit into the memory of %s", self._host_message(), target)
+        return self._move(target, "host")
+
+    def _host_message(self) -> str:
+        return f"keeping the features ({self._num_bytes() / 1e9:.2f} GB) in host memory"
+
+    def _move(self, device: torch.device, store: str) -> Samples:
+        """Return these samples for batches on `device`, packed there or in host memory."""
+        storage_device = device if store == "device" else torch.device("cpu")
         result = self._copy_on_device(storage_device)
-        result.store, result.device = "host" if stays_on_host else "device", target
-        if stays_on_host and target.type != "cpu":
-            log.info(
-                "keeping the features (%.2f GB) in host memory; batches are prefetched to %s",
-                self._num_bytes() / 1e9,
-                target,
-            )
+        result.store, result.device = store, device
         result._pack(storage_device)
         result._get_table()  # here, because its first use would make a training step wait
         return result
@@ -350,6 +361,11 @@ class Samples:
         self._feature_pack = feature_pack
         return feature_pack
 
+    @property
+    def num_feature_bytes(self) -> int:
+        """The size of the packed features, with filled windows."""
+        return self.feature_pack.num_bytes
+
     def _num_bytes(self) -> int:
         if self._feature_pack is not None:
             return self._feature_pack.num_bytes
@@ -359,7 +375,9 @@ class Samples:
     def _too_large(self, device: torch.device) -> bool:
         """Whether the features do not fit; features already on the device need no more room."""
         free = free_bytes(device)
-        if free is None or self._num_bytes() <= DEVICE_SHARE * free:
+        # Beside the features each cell (date, instrument) has flags and the place of its window.
+        num_cells = len(self.calendar) * len(self.instruments)
+        if free is None or self._num_bytes() + CELL_BYTES * num_cells <= DEVICE_SHARE * free:
             return False
         if self._columns is not None:
             return self._columns.find_shared_pack(device, self.history) is None

@@ -174,7 +174,7 @@ class PackedColumns(ABC):
 
     @property
     def num_bytes(self) -> int:
-        """The size of the values."""
+        """The size of the values, and of what is stored with them."""
         return self.values.numel() * self.values.element_size()
 
     @abstractmethod
@@ -223,6 +223,10 @@ class DensePackedColumns(PackedColumns):
 
     def window_shape(self, step_len: int) -> tuple[int, int]:
         return step_len, int(self.values.shape[2])
+
+    @property
+    def num_bytes(self) -> int:
+        return self._storage.nbytes
 
     def gather(
         self, date: Tensor, instrument: Tensor, step_len: int = 1, fill: str = "none"
@@ -297,13 +301,13 @@ class DensePackedColumns(PackedColumns):
         flat = self._extend_storage(num_rows + extension.num_rows)
         first_window = num_rows + len(extension.early) * extension.block_len
         flat[-step_len:] = torch.nan
-        self._write_filled(
+        self._write_windows(
             flat[num_rows:first_window],
             (extension.last_date, extension.early),
             extension.block_len,
             fill,
         )
-        self._write_filled(
+        self._write_windows(
             flat[first_window:-step_len], (extension.date, extension.instrument), step_len, fill
         )
         starts = torch.arange(n * d, device=flat.device).view(n, d) - (step_len - 1)
@@ -326,7 +330,7 @@ class DensePackedColumns(PackedColumns):
             self._storage = storage
         return self._storage[:num_rows]
 
-    def _write_filled(
+    def _write_windows(
         self, target: Tensor, pairs: tuple[Tensor, Tensor], step_len: int, fill: str
     ) -> None:
         """Write the filled windows that end at the pairs (date, instrument), one after another."""

@@ -147,6 +147,7 @@ class Training:
         self.is_user_module = isinstance(network, pl.LightningModule)
         self.loaders: list[StepLoader] = []
         self.num_parameters = sum(p.numel() for p in network.parameters())
+        self.num_weight_bytes = sum(p.nbytes for p in network.parameters())
         self.network = network
         # An unsharded copy that receives the gathered weights at the end.
         shards_network = rank_info is not None and is_sharding(recipe.trainer)
@@ -458,6 +459,13 @@ class Training:
                 "%s was NaN each time: the weights are the last ones, not the best ones.", monitor
             )
 
+    def _describe_memory(self) -> dict[str, int]:
+        """Return bytes: of the features, of the weights, and the peak of the device."""
+        memory = {"features": self.train.num_feature_bytes, "weights": self.num_weight_bytes}
+        if self.train.device.type == "cuda":
+            memory["peak"] = torch.cuda.max_memory_allocated(self.train.device)
+        return memory
+
     def _build_report(self, member: FitProgress, resumed_from: Path | None) -> dict[str, Any]:
         callback = self.checkpoint_callback
         seconds = callback.train_seconds
@@ -476,6 +484,7 @@ class Training:
             "device": str(self.train.device),
             "devices": self.ranks.size,
             "store": self.train.store,
+            "memory": self._describe_memory(),
             **describe_numerics(self.train.device),
             "inner_steps": self.loader.inner_steps,
             "seed": self.recipe.seed,

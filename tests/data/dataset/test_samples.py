@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.data.dataset.qlib_dataset import get_samples
 from qtorch.data.dataset.reweighter import Reweighter
-from qtorch.data.dataset.samples import build_samples, check_segments, purge_rows
+from qtorch.data.dataset.samples import (
+    CELL_BYTES,
+    Samples,
+    build_samples,
+    check_segments,
+    purge_rows,
+)
 from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.panel.elementwise import Affine
 from qtorch.data.panel.panel import Panel
@@ -251,11 +257,29 @@ def test_every_store_gives_the_same_batches():
         samples.to("cpu", store="gpu")
 
 
+def test_features_that_do_not_fit_stay_in_host_memory(monkeypatch, caplog):
+    samples = build_samples(make_view()[0], step_len=3)
+    pack, calls = Samples._pack, []
+
+    def pack_without_memory(self, device):
+        calls.append(device)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pack(self, device)
+
+    monkeypatch.setattr(Samples, "_pack", pack_without_memory)
+    assert samples.to("cpu").store == "host"
+    assert "in host memory: they did not fit into the memory of cpu" in caplog.text
+    calls.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        samples.to("cpu", store="device")
+
+
 def test_segments_that_share_a_pack_share_its_device_memory(monkeypatch):
     view, raw = make_view()
     view = view.with_group("feature", view.groups["feature"].keep(["F1"]))  # a copy when packed
     train, valid = (build_samples(view, raw_label=raw, end=end) for end in DATES[[9, 19]])
-    size = 4 * D * N
+    size = (4 + CELL_BYTES) * D * N
     free = [2 * size]
     monkeypatch.setattr("qtorch.data.dataset.samples.free_bytes", lambda device: free[0])
     train = train.to("cpu")
