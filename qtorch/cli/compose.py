@@ -22,6 +22,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from qtorch.cli.workflow.task import translate_workflow
 from qtorch.core.errors import ArgumentError, ConfigError, install_command, unknown_name_message
 from qtorch.core.instantiate import resolve_config
 from qtorch.core.trust import as_stored_text
@@ -228,7 +229,13 @@ def _is_override_for(override: str, key: str) -> bool:
 
 
 def job_task(settings: Mapping[str, Any], calendars: Calendars | None = None) -> dict[str, Any]:
-    """Return a job's task with dates as segments; its text is stored text in a resumed sweep."""
+    """Return a job's task with dates as segments; its text is stored text in a resumed sweep.
+
+    The task of a workflow file is translated into our names.
+    """
     task = settings["task"]
-    is_stored = settings["sweep"]["stored"]
-    return resolve_segments(as_stored_text(task) if is_stored else task, calendars)
+    if settings["sweep"]["stored"]:
+        task = as_stored_text(task)
+    if "workflow" in settings:
+        task = translate_workflow(settings, task)
+    return resolve_segments(task, calendars)

@@ -14,6 +14,10 @@ from qtorch.core.errors import unknown_name_message
 # command -> (module with `main(argv) -> exit code`, one line for --help)
 COMMANDS = {
     "train": ("qtorch.cli.train", "train and evaluate a model; Hydra overrides, -m for a sweep"),
+    "run": (
+        "qtorch.cli.workflow.command",
+        "train a workflow file in Qlib's format: FILE.yaml task.model.kwargs.n_epochs=1",
+    ),
     "sweep": ("qtorch.cli.sweep", "sweeps of train -m: list, show NAME, best NAME, resume NAME"),
     "runs": ("qtorch.cli.runs", "list the runs of the tracking store; filter them, choose columns"),
     "predict": ("qtorch.cli.predict", "scores of a finished run: run=ID segment=test out=FILE"),
@@ -39,7 +43,7 @@ COMMANDS = {
 ACTION_COMMANDS = ("sweep", "worker", "tasks", "data", "tracking")
 # torchrun and srun start these commands on every rank: rank 0 runs the command, the other ranks
 # only take part in its trainings.
-RANK_COMMANDS = ("train", "finetune")
+RANK_COMMANDS = ("train", "run", "finetune")
 
 HELP_OPTIONS = ("-h", "--help")
 HELP = """\

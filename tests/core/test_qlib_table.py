@@ -73,12 +73,17 @@ def argument_faults(name: str) -> list[str]:
     return sorted(unhandled | unknown)
 
 
+PARAMETERS = {"values", "lower", "factor", "unless", "allowed", "backtest", "columns", "default",
+              "flat", "flat_input", "target"}  # fmt: skip
+
+
 def test_every_rule_has_one_known_kind():
     def check(rule: Any) -> None:
         if isinstance(rule, str):
             return
         kinds = [kind for kind in RULE_KINDS if kind in rule]
         assert len(kinds) == 1, rule
+        assert set(rule) - set(kinds) <= PARAMETERS, rule
         if "rule" in rule:
             assert rule["rule"] in RULES
         for part in rule.get("inside", {}).values():

@@ -176,14 +176,13 @@ def test_records_get_qlibs_defaults_and_scores_instead_of_a_model():
     assert translate_config(strategy)["signal"] == "<PRED>"
     with pytest.raises(ConfigError, match="trade_exchange"):
         translate_config({**strategy, "kwargs": {"trade_exchange": 3}})
-    assert (
-        translate_config("qlib.workflow.record_temp.SigAnaRecord") == "qtorch.record.SigAnaRecord"
-    )
+    analysis = translate_config("qlib.workflow.record_temp.SigAnaRecord")
+    assert analysis == {"_target_": "qtorch.record.SigAnaRecord", "ann_scaler": 252}
 
 
 def test_an_error_says_where_it_is():
     task = model_task("pytorch_gru.GRU", n_epoch=3)
-    with pytest.raises(ConfigError, match=r"task.model.kwargs: unknown argument of Qlib's GRU"):
+    with pytest.raises(ConfigError, match=r"task.model.kwargs.n_epoch: unknown argument of Qlib"):
         translate_task(task, location="task")
     task = model_task("pytorch_tabnet.TabnetModel", final_out_dim=2)
     with pytest.raises(ConfigError, match=r"task.model.kwargs.final_out_dim: .*only 1 is possible"):

@@ -12,6 +12,7 @@ from typing import Any
 from qtorch.core.errors import ConfigError
 from qtorch.core.qlib.notes import Notes, set_path
 from qtorch.core.qlib.table import Entry, find_entry
+from qtorch.core.session import map_paths, resolve_path
 
 PLACEHOLDERS = ["<MODEL>", "<DATASET>"]
 PREDICTION = "<PRED>"
@@ -240,6 +241,27 @@ def set_portfolio(context: Context) -> None:
     context.set("config", settings)
 
 
+def set_provider(context: Context) -> None:
+    """The data folder, as an absolute path: the working folder may change."""
+    provider = context.get("provider_uri")
+    if not provider:
+        raise context.refuse("provider_uri", "expected a folder in Qlib's format")
+    context.set("provider_uri", map_paths(lambda path: str(resolve_path(path)), provider))
+
+
+def set_experiment_manager(context: Context) -> None:
+    """The tracking store of MLflowExpManager."""
+    config = context.get("exp_manager")
+    if config is None:
+        return
+    manager = config.get("class") if isinstance(config, Mapping) else None
+    if str(manager).rpartition(".")[2] != "MLflowExpManager":
+        raise context.refuse("exp_manager", "expected class: MLflowExpManager with its uri")
+    uri = (config.get("kwargs") or {}).get("uri")
+    if uri:
+        context.set("tracking_uri", str(uri))
+
+
 RULES: dict[str, Callable[[Context], None]] = {
     "device": set_device,
     "initial_weights": set_initial_weights,
@@ -253,4 +275,6 @@ RULES: dict[str, Callable[[Context], None]] = {
     "memory_dataset": set_memory_dataset,
     "signal": set_signal,
     "portfolio": set_portfolio,
+    "provider": set_provider,
+    "experiment_manager": set_experiment_manager,
 }

@@ -120,7 +120,7 @@ def _check_arguments(entry: Entry, arguments: Mapping[str, Any], location: str) 
         valid |= model_arguments()
     for name in arguments:
         if name not in valid:
-            place = f"{location}: " if location else ""
+            place = f"{_join(location, name)}: "
             message = unknown_name_message(
                 f"argument of Qlib's {entry.title}", str(name), entry.arguments, limit=40
             )
