@@ -114,8 +114,8 @@ def load_stored_workflow(text: str, name: str) -> dict[str, Any]:
         match = _INTERPOLATION.fullmatch(reference)
         if not reference.startswith("\\") and (match is None or match[1] not in document):
             raise TrustError(
-                f"the stored workflow {name} contains {reference!r}: an interpolation may read this "
-                "machine's environment. If the workflow is yours, add trusted=true."
+                f"the stored workflow {name} contains {reference!r}: an interpolation may read "
+                "this machine's environment. If the workflow is yours, add trusted=true."
             )
     return document
 
