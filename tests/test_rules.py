@@ -49,7 +49,7 @@ DOORS = {
     "omegaconf": ("qtorch/core/instantiate.py", "qtorch/cli/"),
     "lightgbm": ("qtorch/model/tabular/gbdt.py",),
     "cvxpy": ("qtorch/backtest/enhanced_indexing.py",),
-    "jinja2": ("qtorch/record/report/page.py",),
+    "jinja2": ("qtorch/record/report/page.py", "qtorch/cli/workflow/file.py"),
     "sqlalchemy": ("qtorch/task/stores/sql.py", "qtorch/study/search/storage.py"),
     "optuna": ("qtorch/study/search/",),
     "ray": ("qtorch/cli/launchers/ray.py",),

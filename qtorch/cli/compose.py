@@ -23,6 +23,7 @@ from omegaconf.errors import (
 )
 
 from qtorch.cli.overrides import expand_home
+from qtorch.cli.workflow.task import translate_workflow
 from qtorch.core.errors import ArgumentError, ConfigError, install_command, unknown_name_message
 from qtorch.core.instantiate import resolve_config
 from qtorch.core.session import resolve_path
@@ -244,6 +245,11 @@ def job_task(settings: Mapping[str, Any], calendars: Calendars | None = None) ->
 
 
 def task_definition(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a job's task as it was composed; its text is stored text in a resumed sweep."""
+    """Return a job's task as it was composed; its text is stored text in a resumed sweep.
+
+    The task of a workflow file is translated into our names.
+    """
     task: Mapping[str, Any] = settings["task"]
-    return as_stored_text(task) if settings["sweep"]["stored"] else task
+    if settings["sweep"]["stored"]:
+        task = as_stored_text(task)
+    return translate_workflow(settings, task) if "workflow" in settings else task

@@ -15,6 +15,10 @@ from qtorch.core.errors import unknown_name_message
 COMMANDS = {
     "new": ("qtorch.cli.setup.new", "write a small project with a network of your own: new study/"),
     "train": ("qtorch.cli.train", "train and evaluate a model; Hydra overrides, -m for a sweep"),
+    "run": (
+        "qtorch.cli.workflow.command",
+        "train a workflow file in Qlib's format: FILE.yaml task.model.kwargs.n_epochs=1",
+    ),
     "sweep": ("qtorch.cli.sweep", "sweeps of train -m: list, show NAME, best NAME, resume NAME"),
     "runs": ("qtorch.cli.runs", "list the runs of the tracking store; filter them, choose columns"),
     "predict": ("qtorch.cli.predict", "scores of a finished run: run=ID segment=test out=FILE"),
@@ -44,7 +48,7 @@ COMMANDS = {
 ACTION_COMMANDS = ("new", "completion", "sweep", "worker", "tasks", "data", "tracking")
 # torchrun and srun start these commands on every rank: rank 0 runs the command, the other ranks
 # only take part in its trainings.
-RANK_COMMANDS = ("train", "finetune")
+RANK_COMMANDS = ("train", "run", "finetune")
 
 HELP_OPTIONS = ("-h", "--help")
 HELP = """\

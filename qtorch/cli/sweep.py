@@ -173,6 +173,7 @@ def _resume(name: str, options: dict[str, Any]) -> int:
     from qtorch.cli import train
     from qtorch.cli.jobs.stored_command import check_stored_words, words_to_repeat
     from qtorch.cli.overrides import quote_value
+    from qtorch.cli.workflow import command as workflow_command
     from qtorch.study.sweep import SWEEP_TAG, find_sweep, load_plan
     from qtorch.tracking.manager import R
 
@@ -196,7 +197,14 @@ def _resume(name: str, options: dict[str, Any]) -> int:
         f"tracking.uri={quote_value(redact_urls(uri))}",  # completed by the command
     ]
     codes = []
+    workflows = plan.get("workflows", {})
     for words in commands:
-        print(f"in {folder}: qtorch train -m {shlex.join(words)}", file=sys.stderr)
-        codes.append(train.main(["-m", *words, *extra_overrides]))
+        name = "run" if workflows else "train"
+        print(f"in {folder}: qtorch {name} -m {shlex.join(words)}", file=sys.stderr)
+        arguments = ["-m", *words, *extra_overrides]
+        if workflows:
+            is_trusted = bool(options.get("trusted"))
+            codes.append(workflow_command.resume(arguments, workflows, is_trusted=is_trusted))
+        else:
+            codes.append(train.main(arguments))
     return max(codes)

@@ -1,4 +1,7 @@
-"""`qtorch train`: compose a task from conf/ and overrides, run it or a sweep, print the results."""
+"""`qtorch train`: compose a task from conf/ and overrides, run it or a sweep, print the results.
+
+`qtorch run` uses the same jobs with the task of a workflow file.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +42,15 @@ replace_config_writer()  # likewise
 HYDRA_HELP = {"--hydra-help": "hydra/hydra_help=qtorch"}
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the jobs; return 0 if every job finished, 130 after Ctrl-C, otherwise 1."""
+def main(argv: Sequence[str], root: str = ROOT_CONFIG) -> int:
+    """Run the jobs; return 0 if every job finished, 130 after Ctrl-C, otherwise 1.
+
+    `root` is the root configuration of the command: train, or run for a workflow file.
+    """
     command_results.clear()
     register_plugins()
     try:
-        outcome = _run_jobs(argv)
+        outcome = _run_jobs(argv, root)
         if isinstance(outcome, int):
             return outcome
         return _report_results(outcome)
@@ -52,30 +58,30 @@ def main(argv: Sequence[str]) -> int:
         close_sweep()
 
 
-def _run_jobs(argv: Sequence[str]) -> BaseException | int | None:
+def _run_jobs(argv: Sequence[str], root: str) -> BaseException | int | None:
     """Run all jobs through Hydra.
 
     Return the exception that kept jobs from running to their end, if any; or an exit code if no job
     was requested (--help).
     """
     try:
-        return _run_hydra(argv)
+        return _run_hydra(argv, root)
     except Exception as error:
         if _get_started_sweep() is None:
             raise
         return error  # the launcher failed: the results of its jobs are printed nevertheless
 
 
-def _run_hydra(argv: Sequence[str]) -> BaseException | int | None:
+def _run_hydra(argv: Sequence[str], root: str) -> BaseException | int | None:
     with (
         redact_overrides(expand_home(argv)) as words,
-        _patch_arguments(words),
+        _patch_arguments(words, root),
         handle_stop_signals(),
-        translate_hydra_errors(words),
+        translate_hydra_errors(words, root),
         redact_output(words),
     ):
         try:
-            hydra.main(version_base="1.3", config_path=str(config_path()), config_name=ROOT_CONFIG)(
+            hydra.main(version_base="1.3", config_path=str(config_path()), config_name=root)(
                 _run_job
             )()
         except KeyboardInterrupt as stop:
@@ -135,13 +141,13 @@ def _run_job(config: DictConfig) -> None:
 
 
 @contextmanager
-def _patch_arguments(argv: Sequence[str]) -> Iterator[None]:
+def _patch_arguments(argv: Sequence[str], root: str) -> Iterator[None]:
     """Set sys.argv, which Hydra reads, and HYDRA_FULL_ERROR, without which it hides exceptions."""
     original_argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # argparse accepts the overrides only as one contiguous block; allow them before options too.
     overrides = [a for a in argv if _OVERRIDE.match(a)]
     overrides += [choice for option, choice in HYDRA_HELP.items() if option in argv]
-    sys.argv = ["qtorch train", *(a for a in argv if not _OVERRIDE.match(a)), *overrides]
+    sys.argv = [f"qtorch {root}", *(a for a in argv if not _OVERRIDE.match(a)), *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield

@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlparse
 from qtorch.core.configured import Configured, check_arguments, constructor_signature
 from qtorch.core.errors import ArgumentError, ConfigError
 from qtorch.core.plain import resolve_config as resolve_config
+from qtorch.core.qlib.names import qlib_name
 from qtorch.core.session import resolve_path
 from qtorch.core.trust import load_pickle, locate
 
@@ -39,7 +40,9 @@ def init_instance_by_config(
       callable itself) and `kwargs`;
     - an import path `"a.b.C"`, or a bare name `"C"` in `default_module`;
     - `"file:///abs/x.pkl"`, `"file://rel/x.pkl"` or a Path: a pickle that the user trusts
-      (`qtorch.core.trust`).
+      (`qtorch.core.trust`);
+    - a dict or an import path with the name of a class of Qlib, such as
+      `qlib.contrib.model.pytorch_lstm.LSTM`, and Qlib's arguments: it is translated.
 
     `kwargs` are passed in addition; `try_kwargs` only if the signature takes them and the
     configuration does not set them. A `Configured` class gets nested configurations unchanged,
@@ -53,6 +56,10 @@ def init_instance_by_config(
     if accept_types != () and isinstance(config, accept_types):
         return config
     config = resolve_config(config)
+    if qlib_name(config) is not None:
+        from qtorch.core.qlib.translation import translate_config
+
+        config = translate_config(config)
     if isinstance(config, Path):
         return load_pickle(_require_file(config))
     if isinstance(config, str) and config.startswith("file:"):

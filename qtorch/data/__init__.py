@@ -7,6 +7,7 @@ from qtorch.core.lazy import lazy_names
 if TYPE_CHECKING:
     from qtorch.data.dataset.batch import Batch as Batch
     from qtorch.data.dataset.batches import BatchLoader as BatchLoader
+    from qtorch.data.dataset.concept_matrix import ConceptMatrix as ConceptMatrix
     from qtorch.data.dataset.dataset import Dataset as Dataset
     from qtorch.data.dataset.dataset import DatasetH as DatasetH
     from qtorch.data.dataset.dataset import TSDatasetH as TSDatasetH

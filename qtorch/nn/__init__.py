@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qtorch.nn.cross_section.igmtf import IGMTF as IGMTF
     from qtorch.nn.cross_section.master import MASTER as MASTER
     from qtorch.nn.cross_section.stockmixer import StockMixer as StockMixer
+    from qtorch.nn.flat import FlatInput as FlatInput
     from qtorch.nn.mlp import MLP as MLP
     from qtorch.nn.network import Network as Network
     from qtorch.nn.recurrent import GRU as GRU

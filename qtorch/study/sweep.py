@@ -122,7 +122,11 @@ def _save_plan(recorder: Recorder, command: Any, settings: dict[str, Any]) -> No
     """Add a command to the sweep's plan, in place of an earlier one with the same overrides."""
     commands: list[Any] = []
     if PLAN in recorder.list_artifacts():
-        commands = list(recorder.load_object(PLAN)["commands"])
+        earlier_plan = recorder.load_object(PLAN)
+        commands = list(earlier_plan["commands"])
+        if "workflows" in earlier_plan:  # each command may have its own
+            workflows = {**earlier_plan["workflows"], **settings.get("workflows", {})}
+            settings = {**settings, "workflows": workflows}
     if command not in commands:
         other_commands = [c for c in commands if c["told"] != command["told"]]
         plan = {"format": PLAN_FORMAT, "tracking_uri": redact_urls(recorder.uri), **settings}

@@ -55,6 +55,18 @@ def resolve_uri(uri: str | Path) -> str:
     return text
 
 
+def replace_folder(uri: str) -> str:
+    """Return the URI of the sqlite file in a folder that MLflow used as a store; other URIs as is.
+
+    That is `mlflow.db` in it. Qlib's own stores are such folders.
+    """
+    scheme = urlsplit(uri).scheme
+    if scheme not in ("", "file") or uri in NAMED_STORES:
+        return uri
+    folder = resolve_path(unquote(urlsplit(uri).path) if scheme else uri)
+    return f"{SQLITE}{folder / 'mlflow.db'}"
+
+
 def sqlite_path(uri: str) -> Path | None:
     """Return the absolute path of a sqlite URI's file; None for another store or one in memory."""
     if not uri.startswith(SQLITE):

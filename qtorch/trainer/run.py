@@ -20,6 +20,7 @@ from qtorch.core.instantiate import (
     resolve_config,
 )
 from qtorch.core.plain import convert_tree
+from qtorch.core.qlib.translation import translate_task
 from qtorch.core.runtime import seed_everything
 from qtorch.core.secrets import complete_tree, has_mask, redact_tree
 from qtorch.core.session import Session, map_paths, resolve_path, session, session_context
@@ -385,7 +386,7 @@ def make_records(recorder: Recorder, records: Any, model: Any, dataset: Any) -> 
 
 
 def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a task and write the defaults of this process into it.
+    """Copy a task, in our names, and write the defaults of this process into it.
 
     Seed: the task's, else the session's, else a random one (so that the run can be repeated).
     Data source: a handler configured without one gets the session's `provider_uri`. Region: records
@@ -407,7 +408,7 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
                     message += f" {unknown_name_message('task key', other, REQUIRED_KEYS)}"
                     break
             raise ConfigError(message)
-    complete = dict(task)
+    complete = translate_task(task)
     if complete.get("seed") is None:
         session_seed = session().seed
         complete["seed"] = secrets.randbelow(2**31) if session_seed is None else session_seed

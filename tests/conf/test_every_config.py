@@ -16,7 +16,7 @@ from qtorch.model.loop.options import build_early_stopping, check_monitor, train
 from qtorch.model.loop.rank_group import RankEnvironment, RankInfo
 
 CONF = config_path()
-ROOTS = ("bars", "export", "finetune", "predict", "probe", "report", "rolling", "train")
+ROOTS = ("bars", "export", "finetune", "predict", "probe", "report", "rolling", "run", "train")
 FILES = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.rglob("*.yaml"))
 CHOICES = [f for f in FILES if "/" in f and not f.startswith("hydra/")]
 # Overrides that a config needs before it can be built.

@@ -42,6 +42,9 @@ from qtorch.core.session import FOLDER_VARIABLE
 from qtorch.process.child import ExitStatus
 from qtorch.study.sweep import JobResult, sweep_jobs
 
+# Overrides that a resumed run allows: they say nothing about its task.
+RESUME_PREFIXES = ("resume=", "run=", "tracking", "log_level=", "sweep.", "workflow.")
+
 
 def run_job(config: DictConfig) -> None:
     """Train what the configuration describes; raise nothing but an interruption.
@@ -149,7 +152,9 @@ def _resume_run_id(settings: Mapping[str, Any], overrides: Sequence[str]) -> str
     ignored_overrides = [
         o
         for o in overrides
-        if not o.lstrip("+").startswith(("resume=", "run=", "tracking", "log_level=", "sweep."))
+        if not o.lstrip("+").startswith(
+            ("resume=", "run=", "tracking", "log_level=", "sweep.", "workflow.")
+        )
     ]
     if ignored_overrides:
         raise ConfigError(

@@ -42,11 +42,13 @@ from qtorch.study.sweep import (
     sweep_jobs,
 )
 
+# The workflow files of `qtorch run` in this process, as plain YAML by their digest.
+WORKFLOWS: dict[str, str] = {}
 SWEEP_VARIABLE = "QTORCH_SWEEP"  # the ID of the sweep's run, for its jobs
 NAME_PATTERN = re.compile(r"[\w.\-]+")
 # Overrides that control how a sweep is executed and displayed; they do not define its tasks.
 EXECUTION_OVERRIDES = re.compile(
-    r"[+~]*(hydra[./]|hydra$|sweep\.|tracking[.=@]|log_level=|runner=|pool=|url=|wait=)"
+    r"[+~]*(hydra[./]|hydra$|sweep\.|tracking[.=@]|log_level=|runner=|pool=|url=|wait=|workflow\.file=)"
 )
 
 
@@ -113,6 +115,7 @@ class SweepCommand:
             overrides=task_overrides(words),
             count=count_jobs(config, overrides),
             folder=os.getcwd(),
+            **({"workflows": dict(WORKFLOWS)} if "workflow" in config else {}),
         )
         id = self.recorder.id
         job_variables = {SWEEP_VARIABLE: id}

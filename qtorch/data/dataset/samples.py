@@ -245,7 +245,8 @@ class Samples:
         padding = torch.nonzero(~is_sample.reshape(-1))[:, 0]
         rows = (self._day_starts[days][:, None] + offsets * is_sample).reshape(-1)
         indices = send_to_device(torch.cat((rows, padding)), self.index_device)
-        batch = self._gather(*indices.split((len(rows), len(padding)))).unflatten(len(days), width)
+        count = len(rows)
+        batch = self._gather(indices[:count], indices[count:]).unflatten(len(days), width)
         batch.num_samples = num_samples
         return batch
 

@@ -104,11 +104,13 @@ def check_optimizer(spec: Spec | None) -> None:
         explain_errors(factory)([nn.Parameter(torch.zeros(1))])
 
 
-def fuse_on_gpu(factory: OptimizerFactory) -> OptimizerFactory:
+def fuse_on_gpu(factory: OptimizerFactory, *, skips_infinite: bool) -> OptimizerFactory:
     """Wrap the factory of an optimizer to update all weights on a GPU by one fused operation.
 
     Only for optimizers of torch that have it, and unless the user has chosen `fused`, `foreach`,
     `capturable` or `differentiable`. The other implementations start several operations each step.
+    `skips_infinite`: the optimizer itself skips a step whose float16 gradients are infinite, so
+    that the GradScaler need not read them; Lightning cannot clip gradients then.
     """
 
     def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -117,9 +119,8 @@ def fuse_on_gpu(factory: OptimizerFactory) -> OptimizerFactory:
         if type(optimizer) in FUSED_OPTIMIZERS and all(_can_fuse(group) for group in groups):
             for group in groups:
                 group["fused"] = True
-            # As if it had been built with fused=True: it can skip a step whose float16 gradients
-            # are infinite by itself, so that the GradScaler need not read them.
-            optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+            # torch sets this for an optimizer that is built with fused=True.
+            optimizer._step_supports_amp_scaling = skips_infinite  # type: ignore[attr-defined]
         return optimizer
 
     return make

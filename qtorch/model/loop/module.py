@@ -377,8 +377,8 @@ class ScoreModule(pl.LightningModule):
         for metrics, values in zip(self.accumulator.epoch_metrics, member_metrics, strict=True):
             metrics.update(values)
         # As tensors on the CPU: Lightning would copy numbers to the device and back again.
-        values = {name: torch.tensor(value) for name, value in member_metrics[0].items()}
-        self.log_dict(values, logger=False, prog_bar=True, on_step=False, on_epoch=True)
+        tensors = {name: torch.tensor(value) for name, value in member_metrics[0].items()}
+        self.log_dict(tensors, logger=False, prog_bar=True, on_step=False, on_epoch=True)
 
     # -- optimizer and scheduler ---------------------------------------------------------------
 

@@ -287,7 +287,10 @@ class Training:
         factory, state = group_parameters(self.recipe.optimizer, self.network), self.optimizer_state
         factory = explain_errors(factory)
         if not is_sharding(self.recipe.trainer):
-            factory = fuse_on_gpu(factory)
+            options = self.recipe.trainer
+            is_float16 = str(options.arguments.get("precision")).startswith("16")
+            skips_infinite = is_float16 and options.clip_value is None
+            factory = fuse_on_gpu(factory, skips_infinite=skips_infinite)
         if self.tuning is not None:
             has_groups = isinstance(self.recipe.optimizer, Mapping) and (
                 "groups" in self.recipe.optimizer

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from qtorch.core.errors import ConfigError, DataError
-from qtorch.data import Concepts
+from qtorch import init
+from qtorch.core.errors import ConfigError, DataError, TrustError
+from qtorch.data import ConceptMatrix, Concepts
 from qtorch.data.dataset.extras import check_extras
 
 CALENDAR = pd.date_range("2020-01-01", periods=5, name="datetime")
@@ -52,3 +54,23 @@ def test_invalid_tables_and_names_are_refused() -> None:
         Concepts(TABLE.assign(instrument=None)).bind(CALENDAR, NAMES)
     with pytest.raises(ConfigError, match="raw_label"):
         check_extras({"raw_label": None})
+
+
+def test_the_concepts_of_qlibs_files_are_a_matrix_by_instrument(tmp_path):
+    np.save(tmp_path / "concepts.npy", np.eye(4)[:, :3])
+    np.save(tmp_path / "rows.npy", np.array({"B": 1, "A": 0, "C": np.nan}, dtype=object))
+    pd.DataFrame({"instrument": ["B", "A"], "row": [1, 0]}).to_csv(tmp_path / "rows.csv")
+    calendar, instruments = pd.bdate_range("2020-01-01", periods=2), pd.Index(["A", "B", "C"])
+    matrix = ConceptMatrix(tmp_path / "concepts.npy", tmp_path / "rows.csv")
+    bound = matrix.bind(calendar, instruments)
+    assert bound.width == 3
+    expected = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 0]])  # the last row is for C
+    assert torch.equal(bound.gather(torch.zeros(3).long(), torch.arange(3)), expected)
+    pickled = ConceptMatrix(tmp_path / "concepts.npy", tmp_path / "rows.npy")
+    with pytest.raises(TrustError, match="trusted_pickle"):
+        pickled.bind(calendar, instruments)
+    init(trusted_pickle=True)
+    same = pickled.bind(calendar, instruments)
+    assert torch.equal(same.gather(torch.zeros(3).long(), torch.arange(3)), expected)
+    with pytest.raises(DataError, match="no file"):
+        ConceptMatrix("nowhere.npy", "rows.csv").bind(calendar, instruments)

@@ -1,0 +1,1 @@
+"""`qtorch run`: workflow files in Qlib's format, as jobs of qtorch."""

@@ -1,0 +1,1 @@
+"""Qlib's names: what Qlib's classes and their arguments are here, and the translation of tasks."""
