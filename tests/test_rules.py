@@ -597,7 +597,7 @@ def test_the_readme_stays_short():
 
 def test_groups_of_tests_run_in_one_process(request):
     """pytest-xdist 3.8 does not see the groups with pytest 9.2."""
-    if hasattr(request.config, "workerinput"):
+    if getattr(request.config.option, "loadgroup", False):
         assert request.node.nodeid.endswith("@rules")
 
 

@@ -115,8 +115,7 @@ def _own_words(workflow: Workflow, words: Sequence[str], folder: str | None) -> 
         f"workflow.file={quote_value(str(workflow.path))}",
         f"workflow.digest={workflow.digest}",
     ]
-    document = OmegaConf.to_container(OmegaConf.create(workflow.document), resolve=True)
-    assert isinstance(document, dict)
+    document: Any = OmegaConf.to_container(OmegaConf.create(workflow.document), resolve=True)
     document["workflow"] = {"file": str(workflow.path)}  # for errors
     uri = folder or init_options(document, Notes()).get("tracking_uri")
     has_store = any(w.lstrip("+").startswith("tracking") for w in words)

@@ -21,6 +21,7 @@ from jinja2 import TemplateError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from qtorch.core.errors import ConfigError, TrustError, unknown_name_message
+from qtorch.core.session import resolve_path
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def read_workflow(path: str | Path, reserved: Mapping[str, Any] | None = None) -
     `reserved` are keys at the top level that mean something else here: a file may use them for its
     anchors, but its values are not kept there. Raises ConfigError with the place of a fault.
     """
-    file = Path(path).expanduser().resolve()
+    file = resolve_path(path).resolve()
     if not file.is_file():
         raise ConfigError(f"there is no workflow file {str(path)!r}.")
     places: dict[Keys, str] = {}
@@ -153,7 +154,7 @@ def _read_text(file: Path) -> str:
 
 def _find_base(name: str, file: Path) -> Path:
     """Find a base file: a path from the working folder, or from the folder of the workflow."""
-    candidates = [Path(name).expanduser(), file.parent / name]
+    candidates = [resolve_path(name), file.parent / name]
     for candidate in candidates:
         if candidate.is_file():
             return candidate.resolve()
@@ -172,7 +173,7 @@ def _load(text: str, file: Path, places: dict[Keys, str]) -> dict[str, Any]:
         if not isinstance(root, yaml.MappingNode):
             raise ConfigError(
                 f"{file.name}: expected sections (key: value), got "
-                f"{'nothing' if root is None else 'a ' + root.id}; {EXPECTED}."
+                f"{'nothing' if root is None else f'a {root.id}'}; {EXPECTED}."  # type: ignore[attr-defined]
             )
         document: dict[str, Any] = _Builder(loader, root, file, places).build(root, ())
         return document
@@ -301,7 +302,7 @@ def _make_paths_absolute(document: dict[str, Any], file: Path) -> None:
         return
     if not isinstance(section, Mapping) or set(section) - {"path", "rel_path"}:
         raise ConfigError(f"{file.name}: sys is {section!r:.60}, expected path and rel_path.")
-    folders = [str(Path(p).expanduser().absolute()) for p in _as_list(section.get("path"))]
+    folders = [str(resolve_path(p)) for p in _as_list(section.get("path"))]
     folders += [str((file.parent / p).resolve()) for p in _as_list(section.get("rel_path"))]
     document[SYSTEM] = {"path": folders}
 

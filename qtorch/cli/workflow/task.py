@@ -12,7 +12,7 @@ from qtorch.cli.workflow.file import INIT, SYSTEM, read_workflow
 from qtorch.core.errors import ConfigError, QtorchError
 from qtorch.core.qlib.notes import Notes
 from qtorch.core.qlib.translation import translate_config, translate_task
-from qtorch.core.session import init
+from qtorch.core.session import set_defaults
 from qtorch.core.trust import StoredText, as_stored_text
 
 SOURCE = "qtorch.data.QlibSource"
@@ -39,7 +39,7 @@ def translate_workflow(
         translated = translate_task(task, own_notes, "task")
     except QtorchError as error:
         raise _add_place(error, settings) from error
-    session = init(provider_uri=options["provider_uri"], region=options["region"])
+    session = set_defaults(provider_uri=options["provider_uri"], region=options["region"])
     source = {"_target_": SOURCE, "provider_uri": session.provider_uri}
     translated["dataset"] = _add_source(translated.get("dataset"), source)
     records = translated.get("record") or []
@@ -74,10 +74,9 @@ def _add_source(dataset: Any, source: Mapping[str, Any]) -> Any:
     if not isinstance(dataset, Mapping):
         return dataset
     handler = dataset.get("handler")
-    is_own = isinstance(handler, Mapping) and str(handler.get("_target_", "")).startswith(
-        OWN_CLASSES
-    )
-    if not is_own or handler.get("source") is not None:
+    if not isinstance(handler, Mapping) or handler.get("source") is not None:
+        return dataset
+    if not str(handler.get("_target_", "")).startswith(OWN_CLASSES):
         return dataset
     return {**dataset, "handler": {**handler, "source": dict(source)}}
 
