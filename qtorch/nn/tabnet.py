@@ -222,15 +222,12 @@ def sparsemax(scores: Tensor) -> Tensor:
     """
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
     scores = scores - scores.detach().amax(-1, keepdim=True)
-    with torch.no_grad():
-        sorted_scores = scores.sort(-1, descending=True).values
-        surplus = cumulative_sum(sorted_scores) - 1
-        count = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
-        size = (count * sorted_scores > surplus).sum(-1, keepdim=True).clamp(min=1)  # 0 for NaN
-        is_selected = scores >= sorted_scores.gather(-1, size - 1)
-    # The selected scores exceed the threshold by amounts that sum to one.
-    threshold = ((scores * is_selected).sum(-1, keepdim=True) - 1) / size
-    return F.relu(scores - threshold)
+    sorted_scores = scores.sort(-1, descending=True).values
+    surplus = cumulative_sum(sorted_scores) - 1
+    count = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
+    # At least one, also where scores are NaN.
+    size = (count * sorted_scores > surplus).sum(-1, keepdim=True).clamp(min=1)
+    return F.relu(scores - surplus.gather(-1, size - 1) / size)
 
 
 def cumulative_sum(values: Tensor) -> Tensor:

@@ -121,14 +121,14 @@ class ADARNNModule(ScoreModule):
             states = network.states(x)
             score = network.score_states(states)
         total, total_weight = self.loss_sums_from_scores(score, batch, complete=self.complete)
+        all_states = torch.stack(tuple(states))  # [layers, B, T, H]
         transfer = total.new_zeros(())
         for pair_index, (first, second, has_both) in enumerate(self._pair_samples(batch)):
-            source, target = [s[first] for s in states], [s[second] for s in states]
-            layers = zip(source, target, strict=True)
-            distance = torch.stack([step_distances(self.loss_type, a, b) for a, b in layers])
+            source, target = all_states[:, first], all_states[:, second]
+            distance = step_distances(self.loss_type, source, target)
             distance = torch.where(has_both, distance, 0.0)  # [layers, T]
             if self.current_epoch < self.pre_epoch:
-                weight = self.gates(source, target)
+                weight = self.gates(source.unbind(), target.unbind())
                 self.importance[pair_index] += weight.detach()
             else:
                 weight = self.importance[pair_index]

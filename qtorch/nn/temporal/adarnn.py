@@ -93,21 +93,22 @@ class StepGates(nn.Module):
 
 
 def step_distances(kind: str, source: Tensor, target: Tensor) -> Tensor:
-    """Return the distance `[T]` at each step between two sets of states `[B, T, H]`.
+    """Return the distance `[..., T]` at each step between two sets of states `[..., B, T, H]`.
 
     `kind` is one of DISTANCES. "cosine": one minus the cosine of their means; "mmd": the squared
     distance of their means; "coral": the squared distance of their covariances, divided by 4 H^2.
     """
     if kind == "coral":
         # The mean divides by H^2 already.
-        return (_covariance(source) - _covariance(target)).square().mean((1, 2)) / 4
-    first, second = source.mean(0), target.mean(0)  # [T, H]
+        return (_covariance(source) - _covariance(target)).square().mean((-2, -1)) / 4
+    first, second = source.mean(-3), target.mean(-3)  # [..., T, H]
     if kind == "mmd":
         return (first - second).square().sum(-1)
     return 1 - F.cosine_similarity(first, second, dim=-1)
 
 
 def _covariance(states: Tensor) -> Tensor:
-    """Return the covariance `[T, H, H]` over the batch of states `[B, T, H]` at each step."""
-    deviations = states - states.mean(0)
-    return torch.einsum("bth,btk->thk", deviations, deviations) / max(len(states) - 1, 1)
+    """Return the covariance `[..., T, H, H]` over the batch of `[..., B, T, H]` at each step."""
+    deviations = states - states.mean(-3, keepdim=True)
+    products = torch.einsum("...bth,...btk->...thk", deviations, deviations)
+    return products / max(states.shape[-3] - 1, 1)

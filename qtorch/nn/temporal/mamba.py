@@ -71,18 +71,26 @@ class SelectiveSSM(nn.Module):
             self.dt_proj.bias.copy_(size + torch.log(-torch.expm1(-size)))
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = x.shape[1]
+        num_steps = x.shape[1]
         inner, gate = self.in_proj(self.norm(x)).chunk(2, -1)  # [B, T, E] each
-        inner = F.silu(self.conv(inner.transpose(1, 2))[..., :steps].transpose(1, 2))
+        inner = F.silu(self.conv(inner.transpose(1, 2))[..., :num_steps].transpose(1, 2))
         sizes, input_matrix, output_matrix = self.x_proj(inner).split(
             (self.rank, self.d_state, self.d_state), -1
         )
         delta = F.softplus(self.dt_proj(sizes))  # [B, T, E]
         decay = torch.exp(-delta[..., None] * self.log_rate.exp())  # [B, T, E, K]
         increment = (delta * inner)[..., None] * input_matrix[:, :, None]  # [B, T, E, K]
-        state, outputs = torch.zeros_like(increment[:, 0]), []
-        for t in range(steps):
-            state = decay[:, t] * state + increment[:, t]
-            outputs.append((state * output_matrix[:, t, None]).sum(-1))  # [B, E]
-        readout = torch.stack(outputs, 1) + inner * self.skip  # [B, T, E]
+        states = scan(decay, increment)
+        readout = (states * output_matrix[:, :, None]).sum(-1) + inner * self.skip  # [B, T, E]
         return x + self.out_proj(readout * F.silu(gate))
+
+
+def scan(decay: Tensor, increment: Tensor) -> Tensor:
+    """Return all states `[B, T, E, K]` of state[t] = decay[t] * state[t - 1] + increment[t]."""
+    # The first state is the first increment. unbind's gradient is one operation for all steps.
+    state, *increments = increment.unbind(1)
+    states = [state]
+    for step_decay, step_increment in zip(decay.unbind(1)[1:], increments, strict=True):
+        state = step_decay * state + step_increment
+        states.append(state)
+    return torch.stack(states, 1)

@@ -88,7 +88,10 @@ class CausalConv(nn.Module):
         self.padding = (kernel_size - 1) * dilation
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight_v * (self.weight_g / self._norm())
+        if self.weight_v.is_cuda:  # the same in one operation, with a gradient in one operation
+            weight = torch._weight_norm(self.weight_v, self.weight_g, 0)
+        else:
+            weight = self.weight_v * (self.weight_g / self._norm())
         return F.conv1d(F.pad(x, (self.padding, 0)), weight, self.bias, dilation=self.dilation)
 
     def _norm(self) -> Tensor:
