@@ -60,7 +60,7 @@ FIT_REPORT = "fit_report"
 
 
 def task_train(
-    task: Mapping[str, Any],
+    task_config: Mapping[str, Any],
     experiment_name: str | None = None,
     recorder_name: str | None = None,
     *,
@@ -83,7 +83,7 @@ def task_train(
     `qtorch.trainer.run`); arguments take precedence. `on_fitted(recorder, inputs)` is called after
     the training and before the records.
     """
-    bare_task, tracking = split_tracking(task)
+    bare_task, tracking = split_tracking(task_config)
     complete = complete_task(bare_task)
     name = experiment_name or tracking.get("experiment_name")
     with _tracking_store(run, tracking):
@@ -113,10 +113,12 @@ _begun_tasks: dict[str | None, dict[str, Any]] = {}
 
 
 def begin_task_train(
-    task: Mapping[str, Any], experiment_name: str | None = None, recorder_name: str | None = None
+    task_config: Mapping[str, Any],
+    experiment_name: str | None = None,
+    recorder_name: str | None = None,
 ) -> Recorder:
     """First phase of training: create a SCHEDULED run that contains the task."""
-    complete, tracking = split_tracking(task)
+    complete, tracking = split_tracking(task_config)
     complete = complete_task(complete)
     with _tracking_store(None, tracking):
         R.start_exp(
