@@ -74,10 +74,9 @@ def _add_source(dataset: Any, source: Mapping[str, Any]) -> Any:
     if not isinstance(dataset, Mapping):
         return dataset
     handler = dataset.get("handler")
-    is_own = isinstance(handler, Mapping) and str(handler.get("_target_", "")).startswith(
-        OWN_CLASSES
-    )
-    if not is_own or handler.get("source") is not None:
+    if not isinstance(handler, Mapping) or handler.get("source") is not None:
+        return dataset
+    if not str(handler.get("_target_", "")).startswith(OWN_CLASSES):
         return dataset
     return {**dataset, "handler": {**handler, "source": dict(source)}}
 
