@@ -23,6 +23,7 @@ pytestmark = pytest.mark.xdist_group("rules")  # one process parses the files
 FLOORS = {
     "core": 0,
     "process": 1,
+    "compat": 1,
     "data": 2,
     "nn": 2,
     "metrics": 2,

@@ -34,6 +34,7 @@ REGIONS: dict[str, Region] = {
     "cn": Region(100, 0.095, days_per_year=238, weeks_per_year=50, minutes_per_day=240),
     "tw": Region(1000, 0.1, days_per_year=238, weeks_per_year=50, minutes_per_day=270),
 }
+REG_US, REG_CN, REG_TW = REGIONS  # Qlib's names for them
 TRUSTED_VARIABLE = "QTORCH_TRUSTED"
 PICKLE_VARIABLE = "QTORCH_TRUSTED_PICKLE"  # "1" in commands with trusted_pickle=true
 # Set in jobs whose process works in a folder of its own (hydra.job.chdir=true), and their children.

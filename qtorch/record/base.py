@@ -48,9 +48,9 @@ class Record(Configured, ABC):
         return recorder
 
     @classmethod
-    def get_path(cls, name: str | None = None) -> str:
+    def get_path(cls, path: str | None = None) -> str:
         """Return the logical name of an artifact of this record within the run."""
-        return "/".join(part for part in (cls.artifact_path, name) if part)
+        return "/".join(part for part in (cls.artifact_path, path) if part)
 
     @abstractmethod
     def generate(self) -> Any:

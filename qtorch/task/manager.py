@@ -132,15 +132,15 @@ class TaskManager:
             store.close()
 
     def create_task(
-        self, defs: Sequence[Mapping[str, Any]], dry_run: bool = False, print_nt: bool = False
+        self, task_def_l: Sequence[Mapping[str, Any]], dry_run: bool = False, print_nt: bool = False
     ) -> Ids:
-        """Create tasks for new definitions; return the ids of all `defs`, in their order.
+        """Create tasks for new definitions; return the ids of all `task_def_l`, in their order.
 
         Equal definitions share one task, even if several processes create them concurrently. With
         `dry_run` nothing is created and, as in Qlib, `[]` is returned; `print_nt` logs the new
         definitions.
         """
-        definitions = [encode_definition(d) for d in resolve_config(defs)]
+        definitions = [encode_definition(d) for d in resolve_config(task_def_l)]
         ids = self._find_ids(definitions)
         new = {d.hash: d for d in definitions if d.hash not in ids}
         log.info("%d task definitions, %d new", len(definitions), len(new))
@@ -163,13 +163,13 @@ class TaskManager:
         """Create one task; return its id (that of an existing task with an equal definition)."""
         return self.create_task([task_def])[0]
 
-    def replace_task(self, task: Mapping[str, Any], new_def: Mapping[str, Any]) -> None:
+    def replace_task(self, task: Mapping[str, Any], new_task: Mapping[str, Any]) -> None:
         """Replace the definition of a task and reset the task to waiting.
 
         A worker that runs the task loses its lease. Raises TaskError if the pool already contains
-        `new_def`.
+        `new_task`.
         """
-        definition = encode_definition(new_def)
+        definition = encode_definition(new_task)
         values = {**RESET_VALUES, "status": WAITING, "res": None, "committed": None, "run": None}
         change = Change({**values, "progress": None})
         try:

@@ -70,7 +70,7 @@ def current_task() -> Task | None:
 
 
 def run_task(
-    func: Callable[..., Any] | str,
+    task_func: Callable[..., Any] | str,
     task_pool: str,
     query: Query | None = None,
     force_release: bool = False,
@@ -84,31 +84,31 @@ def run_task(
     hang_after: float | None = HANG_SECONDS,
     **kwargs: Any,
 ) -> bool:
-    """Claim tasks of a pool, call `func` for each and commit its result.
+    """Claim tasks of a pool, call `task_func` for each and commit its result.
 
-    Returns whether there was any task. `func` (a callable or its import path) is called as
-    `func(definition, **kwargs)` for `before_status` waiting, as `func(result, **kwargs)` for
-    part_done. If it has a parameter `run` and an earlier attempt had a run, it gets that run's
+    Returns whether there was any task. `task_func` (a callable or its import path) is called as
+    `task_func(definition, **kwargs)` for `before_status` waiting, as `task_func(result, **kwargs)`
+    for part_done. If it has a parameter `run` and an earlier attempt had a run, it gets that run's
     ids. The loop ends after `max_tasks` tasks, or if no task could be claimed for `idle_timeout`
     seconds (None: if no task is waiting and none that other workers run may be returned).
     `force_release` runs each task in its own process.
 
-    A thread renews the lease while `func` gives signs of life (`qtorch.process.heartbeat.beat`, as
-    every training does). After `hang_after` seconds without one, `func` is interrupted, which
-    counts as an error of the task; if it cannot be interrupted, it loses its lease. Use None for
-    a `func` that gives no signs of life.
+    A thread renews the lease while `task_func` gives signs of life
+    (`qtorch.process.heartbeat.beat`, as every training does). After `hang_after` seconds without
+    one, `task_func` is interrupted, which counts as an error of the task; if it cannot be
+    interrupted, it loses its lease. Use None for a `task_func` that gives no signs of life.
 
-    An error of `func` is counted for its task and the loop continues with the next one. A
+    An error of `task_func` is counted for its task and the loop continues with the next one. A
     definition that names something untrusted or nonexistent fails without further attempts.
-    SIGTERM, SIGUSR1 and Ctrl-C return the task without counting an error and end the loop; a
-    second Ctrl-C ends it immediately. If the lease is lost, `func` is interrupted and nothing is
+    SIGTERM, SIGUSR1 and Ctrl-C return the task without counting an error and end the loop; a second
+    Ctrl-C ends it immediately. If the lease is lost, `task_func` is interrupted and nothing is
     committed.
 
     Corresponds to qlib/workflow/task/manage.py.
     """
     manager = TaskManager(task_pool, url, lease=lease)
     runner = _TaskRunner(
-        manager, func, before_status, after_status, kwargs, force_release, hang_after
+        manager, task_func, before_status, after_status, kwargs, force_release, hang_after
     )
     count, idle_since, pause = 0, time.monotonic(), IDLE_PAUSES[0]
     with TaskSignals() as signals:
@@ -200,7 +200,7 @@ class _TaskRunner:
     def __init__(
         self,
         manager: TaskManager,
-        func: Callable[..., Any] | str,
+        task_func: Callable[..., Any] | str,
         before: str,
         after: str,
         arguments: Mapping[str, Any],
@@ -217,7 +217,7 @@ class _TaskRunner:
             )
         self.manager, self.before, self.after = manager, before, after
         self.hang_after = hang_after
-        self.function = locate(func) if isinstance(func, str) else func
+        self.function = locate(task_func) if isinstance(task_func, str) else task_func
         self.arguments = dict(arguments)
         signature = inspect.signature(self.function)
         check_arguments(self.function, signature, self.arguments)

@@ -79,7 +79,6 @@ class Experiment:
 
     def start(
         self,
-        *,
         recorder_id: str | None = None,
         recorder_name: str | None = None,
         resume: bool = False,

@@ -87,7 +87,6 @@ class ExpManager:
 
     def start_exp(
         self,
-        *,
         experiment_id: str | None = None,
         experiment_name: str | None = None,
         recorder_id: str | None = None,
@@ -122,7 +121,6 @@ class ExpManager:
 
     def get_exp(
         self,
-        *,
         experiment_id: str | None = None,
         experiment_name: str | None = None,
         create: bool = True,
@@ -229,7 +227,6 @@ class Workflow(ExpManager):
     @contextmanager
     def start(
         self,
-        *,
         experiment_id: str | None = None,
         experiment_name: str | None = None,
         recorder_id: str | None = None,
@@ -285,7 +282,6 @@ class Workflow(ExpManager):
 
     def get_recorder(
         self,
-        *,
         recorder_id: str | None = None,
         recorder_name: str | None = None,
         experiment_id: str | None = None,

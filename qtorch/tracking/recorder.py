@@ -248,6 +248,12 @@ class Recorder:
 
     # Start and end
 
+    def set_recorder_name(self, rname: str) -> None:
+        """Set the name of the run; TrackingError if it has been started."""
+        if self.id is not None:
+            raise TrackingError(f"run {self.id} has its name {self.name!r} already.")
+        self.name = rname
+
     def start_run(self) -> Self:
         """Start the run, or resume it if it has an ID; a `with` block then ends it.
 

@@ -64,7 +64,7 @@ FIT_REPORT = "fit_report"
 
 
 def task_train(
-    task: Mapping[str, Any],
+    task_config: Mapping[str, Any],
     experiment_name: str | None = None,
     recorder_name: str | None = None,
     *,
@@ -89,7 +89,7 @@ def task_train(
     `qtorch.trainer.run`); arguments take precedence. `on_fitted(recorder, inputs)` is called after
     the training and before the records.
     """
-    bare_task, tracking = split_tracking(task)
+    bare_task, tracking = split_tracking(task_config)
     if check_first:
         check_task(bare_task)
     complete = complete_task(bare_task)
@@ -121,10 +121,12 @@ _begun_tasks: dict[str | None, dict[str, Any]] = {}
 
 
 def begin_task_train(
-    task: Mapping[str, Any], experiment_name: str | None = None, recorder_name: str | None = None
+    task_config: Mapping[str, Any],
+    experiment_name: str | None = None,
+    recorder_name: str | None = None,
 ) -> Recorder:
     """First phase of training: create a SCHEDULED run that contains the task."""
-    bare_task, tracking = split_tracking(task)
+    bare_task, tracking = split_tracking(task_config)
     check_task(bare_task, check_device=False)  # the second phase may be on another machine
     complete = complete_task(bare_task)
     with _tracking_store(None, tracking):

@@ -60,7 +60,7 @@ def file(tmp_path, monkeypatch) -> Path:
     return path
 
 
-def read_settings(document: dict, **changes) -> dict:
+def resolve_settings(document: dict, **changes) -> dict:
     settings = OmegaConf.to_container(OmegaConf.create(document), resolve=True)
     assert isinstance(settings, dict)
     common = {"seed": 0, "as_qlib": False, "sweep": {"stored": False}}
@@ -81,7 +81,7 @@ def test_templates_anchors_and_numbers_are_read_as_qlib_reads_them(file):
     assert document["task"]["model"]["kwargs"] == {"lr": 1e-4, "seed": 7}
     assert "seed" not in document
     assert workflow.find_place(("task", "model", "kwargs")) == "workflow.yaml line 14"
-    resolved = read_settings(document)
+    resolved = resolve_settings(document)
     label = resolved["task"]["dataset"]["kwargs"]["handler"]["kwargs"]["label"]
     assert label[1] == "${HOME}"
     assert load_stored_workflow(workflow.text, "w") == document
@@ -139,7 +139,7 @@ def test_a_file_that_is_no_workflow_is_explained(file, text, message):
 def test_a_job_gets_the_data_the_region_and_the_seed(file):
     workflow = read_workflow(file, list_reserved_keys())
     workflow.document["task"]["dataset"]["kwargs"].pop("again")
-    settings = read_settings(workflow.document, seed=3)
+    settings = resolve_settings(workflow.document, seed=3)
     notes = Notes()
     task = translate_workflow(settings, settings["task"], notes)
     source = task["dataset"]["handler"]["source"]
@@ -153,14 +153,14 @@ def test_a_job_gets_the_data_the_region_and_the_seed(file):
     experiment = experiment_config(task, {**settings, "experiment_name": "e"})
     assert experiment["trainer"]["max_epochs"] == 200
     assert experiment["handler"]["source"] == "${data}"
-    stored = read_settings(workflow.document, sweep={"stored": True})
+    stored = resolve_settings(workflow.document, sweep={"stored": True})
     task = translate_workflow(stored, as_stored_text(stored["task"]))
     assert isinstance(task["dataset"]["handler"]["_target_"], StoredText)
 
 
 def test_an_error_names_the_line_of_the_file(file):
     file.write_text(WORKFLOW.replace("lr: 1e-4,", "\n            learning: 1e-4,"))
-    settings = read_settings(read_workflow(file).document, workflow={"file": str(file)})
+    settings = resolve_settings(read_workflow(file).document, workflow={"file": str(file)})
     settings["task"]["dataset"] = {}
     with pytest.raises(ConfigError, match=r"workflow.yaml line 15: task.model.kwargs.learning"):
         translate_workflow(settings, settings["task"])
@@ -172,7 +172,7 @@ def test_an_error_names_the_line_of_the_file(file):
 def test_figures_of_qlib_and_stores_of_qlib(file):
     record = {"class": "qlib.workflow.record_temp.PortAnaRecord"}
     task = {"model": {}, "dataset": {}, "record": record}
-    settings = read_settings(
+    settings = resolve_settings(
         {"qlib_init": {"provider_uri": "bars"}, "task": task},
         as_qlib=True,
     )

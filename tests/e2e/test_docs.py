@@ -21,6 +21,29 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 CLUSTER_NEEDS = {"slurm", "ray", "torchrun"}
 LANGUAGES = {"bash", "python", "yaml", "text"}
 
+# The workflow file of the README's command, in Qlib's format.
+WORKFLOW = """\
+qlib_init: {provider_uri: bars, region: us}
+task:
+  model:
+    class: GRU
+    module_path: qlib.contrib.model.pytorch_gru
+    kwargs: {d_feat: 6, hidden_size: 8, num_layers: 1, n_epochs: 200}
+  dataset:
+    class: DatasetH
+    module_path: qlib.data.dataset
+    kwargs:
+      handler:
+        class: Alpha360
+        module_path: qlib.contrib.data.handler
+        kwargs: {instruments: stocks, fit_start_time: 2018-07-02, fit_end_time: 2019-06-28}
+      segments:
+        train: [2018-07-02, 2019-06-28]
+        valid: [2019-07-01, 2019-12-31]
+        test: [2020-01-02, 2020-06-30]
+  record: {class: SignalRecord, module_path: qlib.workflow.record_temp}
+"""
+
 parametrize_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
@@ -46,6 +69,7 @@ def imports() -> None:
 @parametrize_pages
 def test_page_runs(page, folder, start, quick_pictures, imports, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
+    (folder / "workflow.yaml").write_text(WORKFLOW)
     with PageRunner(folder, start) as runner:
         for block in page_blocks(page):
             if block.needs is None:

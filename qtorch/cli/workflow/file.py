@@ -173,7 +173,7 @@ def _load(text: str, file: Path, places: dict[Keys, str]) -> dict[str, Any]:
         if not isinstance(root, yaml.MappingNode):
             raise ConfigError(
                 f"{file.name}: expected sections (key: value), got "
-                f"{'nothing' if root is None else f'a {root.id}'}; {EXPECTED}."  # type: ignore[attr-defined]
+                f"{'nothing' if root is None else 'a ' + root.tag.rpartition(':')[2]}; {EXPECTED}."
             )
         document: dict[str, Any] = _Builder(loader, root, file, places).build(root, ())
         return document
