@@ -82,7 +82,7 @@ class SFM(Network):
             masked_state = state if self.dropout_U == 0 else state * state_mask
             parts = step_inputs + self.recur(masked_state)  # [B, 4H + K]
             gates = F.hardsigmoid(parts)  # that of the candidate is not used
-            i, state_gate, _, o, frequency_gate = gates.split(self._part_sizes, -1)
+            i, state_gate, _, o, frequency_gate = torch.split(gates, self._part_sizes, -1)
             candidate = torch.tanh(parts[:, 2 * hidden : 3 * hidden])
             forget = state_gate[:, :, None] * frequency_gate[:, None]
             memory = forget * memory + (i * candidate)[:, :, None] * wave
