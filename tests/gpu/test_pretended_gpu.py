@@ -33,7 +33,7 @@ def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=600, check=False,
+        timeout=1800, check=False,
     )  # fmt: skip
 
 
