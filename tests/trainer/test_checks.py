@@ -49,12 +49,15 @@ def check():
         ("model.batch.order=ranom", "Did you mean 'random'"),
         ("model.inner_steps=0", "inner_steps is 0"),
         ("+model.day_label={zscores: true}", "Did you mean 'zscore'"),
-        ("model.network={_target_: mine.Mean}", "no module named 'mine'"),
+        ("model.network={_target_: mine.Mean}", "no module named 'no_such_module'"),
         ("+model.network.hiden=3", "unknown argument of LSTM 'hiden'"),
         ("callbacks.lightning=[{_target_: pytorch_lightning.callbacks.Timerr}]", "'Timer'"),
         ("handler.infer_processors=[{_target_: qtorch.data.processor.Fillnaa}]", "'Fillna'"),
-        ("handler.infer_processors=[{class: mine.Own}]", "no module named 'mine'"),
-        ("task.reweighter={_target_: mine.Weights}", "no module named 'mine'"),
+        (
+            "handler.infer_processors=[{class: no_such_module.Own}]",
+            "no module named 'no_such_module'",
+        ),
+        ("task.reweighter={_target_: no_such_module.Weights}", "no module named 'no_such_module'"),
         (f"task.record=[{ANALYSIS}]", "SigAnaRecord needs the SignalRecord before it"),
         (f"task.record=[{ANALYSIS},{SIGNAL}]", "SigAnaRecord needs the SignalRecord before it"),
         ("task.record=[{_target_: qtorch.record.SignalRecord, a: 3}]", "SignalRecord 'a'"),
@@ -103,4 +106,4 @@ def test_portfolio_larger_than_the_universe(strategy):
     with pytest.raises(ConfigError, match="topk=31 is more than the 30 instruments"):
         record.check_universe(30)
     record.check_universe(31)
-    PortAnaRecord(config={"strategy": {"class": "mine.Own", "kwargs": {"topk": 99}}})
+    PortAnaRecord(config={"strategy": {"class": "no_such_module.Own", "kwargs": {"topk": 99}}})
