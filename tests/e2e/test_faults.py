@@ -50,8 +50,8 @@ CONFIG_FAULTS = {
     "unknown metric": (["callbacks.monitor=icc"], "Did you mean 'ic'?"),
     "unknown loss": (["model.loss=msee"], "Did you mean 'mse'?"),
     "module that does not exist": (
-        ["model.network={_target_: mine.Net}"],
-        "no module named 'mine'",
+        ["model.network={_target_: no_such_module.Net}"],
+        "no module named 'no_such_module'",
     ),
     "unknown accelerator": (["trainer.accelerator=gpuu"], "unknown trainer.accelerator 'gpuu'"),
     "record without what it needs": (

@@ -49,7 +49,7 @@ def check():
         ("model.batch.order=ranom", "Did you mean 'random'"),
         ("model.inner_steps=0", "inner_steps is 0"),
         ("+model.day_label={zscores: true}", "Did you mean 'zscore'"),
-        ("model.network={_target_: mine.Mean}", "no module named 'no_such_module'"),
+        ("model.network={_target_: no_such_module.Mean}", "no module named 'no_such_module'"),
         ("+model.network.hiden=3", "unknown argument of LSTM 'hiden'"),
         ("callbacks.lightning=[{_target_: pytorch_lightning.callbacks.Timerr}]", "'Timer'"),
         ("handler.infer_processors=[{_target_: qtorch.data.processor.Fillnaa}]", "'Fillna'"),
