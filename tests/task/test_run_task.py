@@ -291,7 +291,7 @@ def test_second_ctrl_c_ends_immediately(manager, url, tmp_path):
     begin = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.wait(10) != 0
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 8
 
 
 @pytest.mark.slow

@@ -313,13 +313,14 @@ class ScoreModule(pl.LightningModule):
         if self.clip_value is None:
             return
         # Clip here because the GradScaler has unscaled the gradients by now, at any precision.
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):
             self.clip_gradients(optimizer, self.clip_value, self.clip_algorithm)
             return
-        # Lightning leaves the gradients to an optimizer that unscales them in its step, and refuses
-        # to clip them.
-        scaler.unscale_(optimizer)
+        # Lightning leaves the gradients to a fused optimizer, which unscales them in its step, and
+        # refuses to clip them in mixed precision.
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.clip_algorithm == "value":
             nn.utils.clip_grad_value_(parameters, self.clip_value)
