@@ -86,7 +86,7 @@ class QlibFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         if module.__name__ == ROOT:
-            module.__version__ = VERSION  # type: ignore[attr-defined]
+            module.__version__ = VERSION  # type: ignore[attr-defined]  # modules have any attribute
 
 
 @cache

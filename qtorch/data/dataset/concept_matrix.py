@@ -24,7 +24,7 @@ class ConceptMatrix(Extra):
     file with a dict. Such a file is a pickle and needs trust (`trusted_pickle=true`). The last row
     is for instruments that have none.
 
-    The memberships are those of the day on which the files were made, so that they look into the
+    The memberships are those of the day on which the files were written, so that they know the
     future of earlier dates; `qtorch.data.Concepts` has dates. Corresponds to pytorch_hist.py.
     """
 

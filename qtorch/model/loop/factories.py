@@ -120,7 +120,7 @@ def fuse_on_gpu(factory: OptimizerFactory, *, skips_infinite: bool) -> Optimizer
             for group in groups:
                 group["fused"] = True
             # torch sets this for an optimizer that is built with fused=True.
-            optimizer._step_supports_amp_scaling = skips_infinite  # type: ignore[attr-defined]
+            optimizer._step_supports_amp_scaling = skips_infinite  # type: ignore[attr-defined]  # not in the stubs
         return optimizer
 
     return make
