@@ -34,7 +34,7 @@ from qtorch.model.finetune import (
     get_statistics,
     weights_digest,
 )
-from qtorch.model.fit import FitResult, Recipe, fit_network
+from qtorch.model.fit import fit_network
 from qtorch.model.input_schema import (
     InputSchema,
     check_cross_section,
@@ -60,6 +60,7 @@ from qtorch.model.loop.options import (
     trainer_device,
     trainer_options,
 )
+from qtorch.model.loop.recipe import FitInputs, FitResult, Recipe
 from qtorch.model.loop.schedules import scheduler_plan
 from qtorch.model.loop.scoring import evaluation_batch_size, get_readout, score_series
 from qtorch.model.network_config import (
@@ -221,13 +222,42 @@ class LightningModel(ModelFT):
         ConfigError for invalid settings (such as an `init_from` whose run does not exist or has no
         matching weight; the message lists the shapes).
         """
+        run = current_recorder() if recorder is None else recorder
+        inputs = self.prepare_fit(dataset, reweighter, recorder=run)
+        with _keep_best_weights(inputs.store_result):
+            result = fit_network(
+                inputs.make_network,
+                inputs.train,
+                inputs.valid,
+                inputs.recipe,
+                device=inputs.device,
+                recorder=run,
+                resume=resume,
+                start=inputs.start,
+            )
+        inputs.store_result(result)
+
+    def prepare_fit(
+        self,
+        dataset: Any,
+        reweighter: Any = None,
+        *,
+        recorder: Recorder | None = None,
+        samples: tuple[Samples, Samples | None] | None = None,
+    ) -> FitInputs:
+        """Check the settings and the data of a fit, and return what it trains on.
+
+        `samples`: the result of an earlier call for the same dataset and reweighter, which is then
+        not loaded again. Raises the errors of `fit`.
+        """
         self.check_settings()
         recipe = self._build_recipe()
         device = trainer_device(recipe.trainer)
-        run = current_recorder() if recorder is None else recorder
-        describe_run(run, self, dataset)
-        initial = None if self.init_from is None else InitialWeights.load(self.init_from, run)
-        train, valid = self._load_samples(dataset, reweighter, recipe, initial)
+        describe_run(recorder, self, dataset)
+        initial = None if self.init_from is None else InitialWeights.load(self.init_from, recorder)
+        if samples is None or initial is not None:
+            samples = self._load_samples(dataset, reweighter, recipe, initial)
+        train, valid = samples
         loss, num_outputs = build_loss(self.loss), None
         if isinstance(loss, BaseLoss):
             num_outputs = loss.num_outputs(len(train.label_names))
@@ -245,18 +275,8 @@ class LightningModel(ModelFT):
             self._store_result(result, recipe, dataset)
 
         self.network_config_ = None
-        with _keep_best_weights(store_result):
-            result = fit_network(
-                make_network,
-                train,
-                valid,
-                recipe,
-                device=device,
-                recorder=run,
-                resume=resume,
-                start="fresh" if initial is None else initial.digest,
-            )
-        store_result(result)
+        start = "fresh" if initial is None else initial.digest
+        return FitInputs(make_network, train, valid, recipe, device, start, store_result)
 
     def check_settings(self, *, check_device: bool = True) -> None:
         """Raise ConfigError for settings that no training can use, before there are data.

@@ -50,13 +50,14 @@ def call_stacked_members(
     ) -> Any:
         return functional_call(network, member_state, member_args, member_kwargs)
 
-    with _enable_stacked_mode():
+    with stacked_mode():
         call = torch.func.vmap(call_member, in_dims=(0, in_dims, in_dims), randomness="different")
         return call(dict(state), args, kwargs)
 
 
 @contextmanager
-def _enable_stacked_mode() -> Iterator[None]:
+def stacked_mode() -> Iterator[None]:
+    """Context manager: layers use operations that can be batched over members."""
     token = _STACKED.set(True)
     # torch's fused attention kernels cannot be batched over members.
     is_fastpath_enabled = torch.backends.mha.get_fastpath_enabled()

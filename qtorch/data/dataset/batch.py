@@ -57,21 +57,22 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch on another device."""
-        return self._map_tensors(lambda t: t.to(device, non_blocking=non_blocking))
+        return self.map_tensors(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory, from which a copy to the GPU does not block."""
-        return self._map_tensors(lambda t: t.pin_memory())
+        return self.map_tensors(lambda t: t.pin_memory())
 
     def flatten(self) -> Batch:
         """Flatten a day batch to `[G * N, ...]`, including padding; others are unchanged."""
-        return self._map_tensors(lambda t: t.flatten(0, 1)) if self.is_day else self
+        return self.map_tensors(lambda t: t.flatten(0, 1)) if self.is_day else self
 
     def unflatten(self, num_days: int, width: int) -> Batch:
         """Reshape a batch of `num_days * width` rows to a day batch."""
-        return self._map_tensors(lambda t: t.reshape(num_days, width, *t.shape[1:]))
+        return self.map_tensors(lambda t: t.reshape(num_days, width, *t.shape[1:]))
 
-    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with a function applied to each of its tensors."""
         values: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)

@@ -134,10 +134,10 @@ class BatchLoader:
             batch = next_batch
 
     def _batch(self, order: Tensor, device_order: Tensor, step: int) -> Batch:
-        rows = self._rows(step)
+        rows = self.batch_rows(step)
         return self._gather(order, device_order, rows, self.size if self.pad_tail else None)
 
-    def _rows(self, step: int) -> slice:
+    def batch_rows(self, step: int) -> slice:
         """Return the places of a batch in the epoch's order."""
         begin, end = step * self.size, min((step + 1) * self.size, self._count)
         last = -(-self._count // self.size) - 1
@@ -259,7 +259,7 @@ class ShardedLoader(BatchLoader):
         return num_full + int(remainder >= self.world_size if self.trim else remainder > 0)
 
     def _batch(self, order: Tensor, device_order: Tensor, step: int) -> Batch:
-        batch_rows = self._rows(step)
+        batch_rows = self.batch_rows(step)
         begin, end = batch_rows.start, batch_rows.stop
         part = shard_slice(end - begin, self.rank, self.world_size)
         rows = slice(begin + part.start, begin + part.stop)

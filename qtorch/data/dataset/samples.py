@@ -143,6 +143,10 @@ class Samples:
         """The device on which `batch` expects its row numbers."""
         return self.date.device
 
+    def day_sizes(self, days: Tensor) -> Tensor:
+        """Return the number of samples of days with samples, int64 in the shape of `days`."""
+        return self._day_counts[days]
+
     def describe(self) -> dict[str, Any]:
         """Return a summary of the samples for logs and reports."""
         days = self.date[[0, -1]].tolist() if len(self) else []

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.batches import BatchLoader
+from qtorch.data.dataset.samples import Samples
+from qtorch.model.loop.scoring import evaluation_batch_size, evaluation_days
 
 
 class StepBatches:
@@ -138,3 +143,39 @@ class StepLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved position: the next iteration continues from there."""
         self._resume = {k: int(state[k]) for k in ("epoch", "position", "chunk")}
+
+
+def training_arguments(batch: Mapping[str, Any], min_tail: int) -> dict[str, Any]:
+    """Return the arguments of a BatchLoader for training, from a model's `batch` options."""
+    return {
+        "batch_size": batch["size"],
+        "order": batch["order"],
+        "days_per_batch": batch["days_per_batch"],
+        "min_tail": min_tail,
+    }
+
+
+def validation_arguments(batch: Mapping[str, Any], samples: Samples, loss: Any) -> dict[str, Any]:
+    """Return the arguments of a BatchLoader for validation, from a model's `batch` options.
+
+    `loss`: the loss, or None for a user's module.
+    """
+    return {
+        "batch_size": evaluation_batch_size(batch, samples.device),
+        "order": "day_sequential" if batch["order"].startswith("day") else "sequential",
+        "days_per_batch": evaluation_days(batch, loss, samples, samples.device),
+        "min_tail": 1,
+    }
+
+
+def count_batches(source: BatchLoader, *, drops_last: bool) -> int:
+    """Return the number of batches of an epoch; with `drops_last`, without a smaller last one."""
+    samples, num_batches = source.samples, len(source)
+    count = samples.num_days if source.by_day else len(samples)
+    is_smaller = num_batches > 1 and count < num_batches * source.size
+    return num_batches - int(drops_last and is_smaller)
+
+
+def has_batch_norms(network: nn.Module) -> bool:
+    """Whether a network has batch norms, which cannot be trained on a single sample."""
+    return any(isinstance(m, _BatchNorm) for m in network.modules())

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from qtorch.core.configured import plain_value
 from qtorch.core.errors import ConfigError
@@ -29,10 +28,9 @@ from qtorch.model.devices.numerics import describe_numerics
 from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.callbacks import pruning_callbacks
 from qtorch.model.loop.checkpoint import CALLBACK_STATE_KEY, CheckpointCallback, get_network
-from qtorch.model.loop.day_label import DayLabel, build_day_label
+from qtorch.model.loop.day_label import build_day_label
 from qtorch.model.loop.factories import (
     OptimizerFactory,
-    Spec,
     build_factory,
     build_loss,
     explain_errors,
@@ -44,7 +42,13 @@ from qtorch.model.loop.lightning_internals import (
     move_tensors,
     skip_sigterm_broadcast,
 )
-from qtorch.model.loop.loader import StepLoader
+from qtorch.model.loop.loader import (
+    StepLoader,
+    count_batches,
+    has_batch_norms,
+    training_arguments,
+    validation_arguments,
+)
 from qtorch.model.loop.loggers import RecorderLogger
 from qtorch.model.loop.module import ScoreModule, never_stop
 from qtorch.model.loop.options import (
@@ -59,13 +63,13 @@ from qtorch.model.loop.options import (
 )
 from qtorch.model.loop.progress import FitProgress
 from qtorch.model.loop.rank_group import RankGroup, RankInfo
+from qtorch.model.loop.recipe import FitResult, Recipe
 from qtorch.model.loop.schedules import (
     SchedulerPlan,
     TrainingLength,
     complete_plan,
     scheduler_plan,
 )
-from qtorch.model.loop.scoring import evaluation_batch_size, evaluation_days
 from qtorch.model.loop.sharding import gather_weights, is_sharded
 from qtorch.model.loop.user_module import UserModuleRescaler
 from qtorch.process.stops import StopRequest
@@ -84,40 +88,6 @@ IGNORED_WARNINGS = (
     r".*self\.log\('(train/|valid/|lr).*sync_dist=True",  # already summed over ranks
     r".*FSDP2-wrapped module.* returned a view",  # scores are never modified in place
 )
-
-
-@dataclass
-class Recipe:
-    """How to train: the validated arguments of a model."""
-
-    loss: Spec
-    module: Spec | None
-    day_label: Mapping[str, Any] | DayLabel | None
-    optimizer: Spec | None
-    scheduler: Spec | SchedulerPlan | None
-    batch: dict[str, Any]
-    trainer: TrainerOptions
-    monitor: str
-    early_stop: int | Mapping[str, Any] | None
-    checkpoint: dict[str, Any]
-    inner_steps: int | str
-    compile: bool | dict[str, Any]
-    seed: int
-    matmul_precision: str | None = None
-
-
-@dataclass
-class FitResult:
-    """The result of a training: network with the best weights, metric history, report.
-
-    `validation_names` are the metrics that were logged by validations.
-    """
-
-    network: nn.Module
-    history: list[dict[str, float]]
-    report: dict[str, Any] = field(default_factory=dict)
-    optimizer_state: dict[str, Any] | None = None
-    validation_names: set[str] = field(default_factory=set)
 
 
 class Training:
@@ -313,26 +283,20 @@ class Training:
         self, samples: Samples, training: bool, limit: int | float | None, cut_every: int | None
     ) -> StepLoader:
         batch, options = self.recipe.batch, self.recipe.trainer
-        order = batch["order"]
-        if not training:
-            order = "day_sequential" if order.startswith("day") else "sequential"
-        size, days_per_batch = batch["size"], batch["days_per_batch"]
-        if not training:
-            loss = getattr(self.module, "loss", None)
-            size = evaluation_batch_size(batch, samples.device)
-            days_per_batch = evaluation_days(batch, loss, samples, samples.device)
-        loader_arguments: dict[str, Any] = {
-            "batch_size": size,
-            "order": order,
-            "seed": self.recipe.seed,
-            "days_per_batch": days_per_batch,
-            "min_tail": self._min_tail() if training else 1,
-        }
+        loader_arguments: dict[str, Any] = {"seed": self.recipe.seed}
+        if training:
+            loader_arguments |= training_arguments(batch, self._min_tail())
+        else:
+            loader_arguments |= validation_arguments(
+                batch, samples, getattr(self.module, "loss", None)
+            )
         if self.rank_info is None:
             source = BatchLoader(samples, **loader_arguments)
         else:
             source, limit = self._build_sharded_source(samples, training, limit, loader_arguments)
-        num_batches = limit_batches(self._count_batches(source, training), limit)
+        num_batches = limit_batches(
+            count_batches(source, drops_last=training and batch["drop_last"]), limit
+        )
         if num_batches == 0 and training:
             raise ConfigError(
                 f"limit_train_batches={limit} leaves none of the {len(source)} batches."
@@ -349,20 +313,11 @@ class Training:
         self.loaders.append(loader)
         return loader
 
-    def _count_batches(self, source: BatchLoader, training: bool) -> int:
-        """Return the number of batches of an epoch, without a smaller last one if it is dropped."""
-        samples, num_batches = source.samples, len(source)
-        count = samples.num_days if source.by_day else len(samples)
-        is_smaller = num_batches > 1 and count < num_batches * source.size
-        drops_last = training and self.recipe.batch["drop_last"] and is_smaller
-        return num_batches - int(drops_last)
-
     def _min_tail(self) -> int:
         """Return the least number of samples that the last batch of an epoch needs."""
         if self.recipe.batch["drop_last"] or (self.is_user_module and self.ranks.size > 1):
             return 1
-        has_batch_norms = any(isinstance(m, _BatchNorm) for m in self.network.modules())
-        return 2 * self.ranks.size if has_batch_norms else 1
+        return 2 * self.ranks.size if has_batch_norms(self.network) else 1
 
     def _build_sharded_source(
         self,

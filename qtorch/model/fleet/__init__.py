@@ -1,0 +1,1 @@
+"""The fleet: many trainings of one architecture (seeds, rates, windows) as one batched program."""

@@ -1,0 +1,345 @@
+"""The training loop of a fleet: rounds in which every member trains and validates one epoch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.func import vmap
+
+from qtorch.data.dataset.batch import Batch
+from qtorch.metrics.ic import ICMeter
+from qtorch.metrics.loss import mean_from_sums
+from qtorch.model.fleet.batches import FleetLoader, MemberBatch
+from qtorch.model.fleet.member import Member
+from qtorch.model.fleet.optimizers import STACKED, StackedOptimizer
+from qtorch.model.fleet.stack import Layout, MemberStack, copy_state
+from qtorch.model.loop.module import ScoreModule
+from qtorch.model.loop.progress import (
+    LEARNING_RATE,
+    METRICS,
+    TRAIN_LOSS,
+    VALID_IC,
+    VALID_LOSS,
+    VALID_RANK_IC,
+    mean_losses,
+    mean_or_nan,
+)
+from qtorch.model.loop.scoring import get_readout
+from qtorch.nn.stacked import stacked_mode
+from qtorch.process.heartbeat import beat
+
+log = logging.getLogger(__name__)
+
+BATCH_TENSORS = ("x", "date", "instrument", "y", "weight", "mask")
+
+
+class FleetTraining:
+    """Train members side by side; each is what its serial training would have been.
+
+    A round is one epoch of every member: all batches in turn, then the validation. After a round,
+    members that have ended leave the stack and waiting ones take their places. The host waits for
+    the device once a round, to read the losses. The loop is not Lightning's, whose epochs, steps
+    and optimizers belong to one training; devices and precision are Lightning Fabric's.
+    """
+
+    def __init__(self, members: Sequence[Member], device: torch.device, max_members: int) -> None:
+        self.waiting = list(members)
+        self.members: list[Member] = []
+        self.device, self.max_members = device, max_members
+        first = members[0]
+        options = first.inputs.recipe.trainer
+        self.architecture: nn.Module = first.network
+        self.layout = Layout.from_network(first.network)
+        self.fabric = Fabric(
+            accelerator=device.type,
+            devices=1 if device.type == "cpu" else [device.index or 0],
+            precision=options.arguments.get("precision") or "32-true",
+        )
+        self.module = ScoreModule(
+            first.network, first.loss, lambda parameters: first.template, num_days=0
+        )
+        self.clip_algorithm = options.clip_algorithm
+        optimizer_class = STACKED[type(first.template)]
+        self.moments = optimizer_class.moments(sum(self.layout.sizes), first.template)
+        self.optimizer: StackedOptimizer = optimizer_class(self.layout, device, first.template)
+        self.is_complete = _has_all_labels(first)
+        stack = MemberStack.from_networks(self.layout, [first.network], self.moments, device)
+        self.stack = stack.select(torch.zeros(0, dtype=torch.int64, device=device))
+        self.best = self.stack.clone()
+        self.num_rounds = 0
+
+    # -- the members of the stack --------------------------------------------------------------
+
+    def fill(self) -> None:
+        """Let waiting members take the free places."""
+        newcomers = self.waiting[: self.max_members - len(self.members)]
+        if not newcomers:
+            return
+        del self.waiting[: len(newcomers)]
+        stack = MemberStack.from_networks(
+            self.layout, [m.network for m in newcomers], self.moments, self.device
+        )
+        self._join(newcomers, stack, stack.clone())
+
+    def _join(self, newcomers: list[Member], stack: MemberStack, best: MemberStack) -> None:
+        self.stack, self.best = self.stack.join(stack), self.best.join(best)
+        self.members += newcomers
+        self._sort()
+
+    def restore(self, members: list[Member], stack: MemberStack, best: MemberStack) -> None:
+        """Take in members with the state of a checkpoint."""
+        self.waiting = [m for m in self.waiting if m not in members]
+        self._join(members, stack, best)
+
+    def _sort(self) -> None:
+        """Put members of the same samples next to each other."""
+        places: dict[int, int] = {}
+        for member in self.members:
+            places.setdefault(id(member.train), len(places))
+        order = sorted(range(len(self.members)), key=lambda k: places[id(self.members[k].train)])
+        if order != list(range(len(order))):
+            self._keep(order)
+        self._build_loaders()
+
+    def _keep(self, places: list[int]) -> None:
+        """Keep the members at these places of the stack, in this order."""
+        rows = torch.tensor(places, dtype=torch.int64, device=self.device)
+        self.stack, self.best = self.stack.select(rows), self.best.select(rows)
+        self.members = [self.members[k] for k in places]
+
+    def _build_loaders(self) -> None:
+        members = self.members
+        self.train_loader = FleetLoader(
+            [m.loader for m in members], [m.num_batches for m in members]
+        )
+        valid_loaders = [m.valid_loader for m in members if m.valid_loader is not None]
+        self.valid_loader = FleetLoader(
+            valid_loaders, [len(each) for each in valid_loaders], is_shared=True
+        )
+        self.num_days = max((len(each.samples.calendar) for each in valid_loaders), default=0)
+        self.columns = self._group_columns(members[0]) if members else []
+        clips = [m.inputs.recipe.trainer.clip_value for m in members]
+        self.clip_values = None
+        if any(clip is not None for clip in clips):
+            limits = [torch.inf if clip is None else clip for clip in clips]
+            self.clip_values = torch.tensor(limits, device=self.device)[:, None]
+
+    def _group_columns(self, member: Member) -> list[Tensor]:
+        """Return the columns of the weights in each parameter group of the optimizer."""
+        names = {id(p): name for name, p in member.network.named_parameters()}
+        places = self.layout.columns()
+        return [
+            torch.cat(
+                [
+                    torch.arange(s.start, s.stop)
+                    for s in (places[names[id(p)]] for p in group["params"])
+                ]
+            )
+            for group in member.template.param_groups
+        ]
+
+    # -- one round -----------------------------------------------------------------------------
+
+    def run_round(self, is_stop_requested: Callable[[], bool]) -> list[Member] | None:
+        """Train and validate one epoch of every member; return the members that end with it.
+
+        Returns None if a stop was requested: the members are then in the middle of an epoch.
+        """
+        begin = time.perf_counter()
+        train_sums = self._train_epoch(is_stop_requested)
+        if train_sums is None:
+            return None
+        figures = self._validate()
+        losses = mean_losses(train_sums)
+        seconds = time.perf_counter() - begin
+        improved = []
+        for place, member in enumerate(self.members):
+            values = {TRAIN_LOSS: losses[place], LEARNING_RATE: member.learning_rate}
+            values.update({} if figures is None else figures[place])
+            values = {k: values[k] for k in METRICS if k in values}
+            member.seconds += seconds
+            member.num_samples += len(member.train)
+            if member.finish_epoch(values):
+                improved.append(place)
+        self._keep_best(improved)
+        self.num_rounds += 1
+        return self._remove_finished()
+
+    def try_step(self) -> None:
+        """Train on the first batch, to see how much memory it takes."""
+        self.architecture.train()
+        self.optimizer.read_hyperparameters([m.template for m in self.members], self.columns)
+        self._train_step(next(self.train_loader.batches([0] * len(self.members))))
+
+    def _train_epoch(self, is_stop_requested: Callable[[], bool]) -> Tensor | None:
+        sums = torch.zeros(2, len(self.members), dtype=torch.float64, device=self.device)
+        self.architecture.train()
+        has_step_schedules = any(m.needs_step_schedule for m in self.members)
+        templates = [m.template for m in self.members]
+        self.optimizer.read_hyperparameters(templates, self.columns)
+        for batch in self.train_loader.batches([m.epoch for m in self.members]):
+            if is_stop_requested():
+                return None
+            beat("training")
+            total, weight = self._train_step(batch)
+            step_sums = torch.stack((total, weight)).double()
+            if batch.rows is None:
+                sums += step_sums
+            else:
+                sums.index_add_(1, batch.rows, step_sums)
+            for place in batch.members:
+                self.members[place].count_step()
+            if has_step_schedules:
+                self.optimizer.read_hyperparameters(templates, self.columns)
+        return sums
+
+    def _train_step(self, batch: MemberBatch) -> tuple[Tensor, Tensor]:
+        """Update the weights of the batch's members; return their loss and weight sums `[K]`."""
+        stack = self.stack if batch.rows is None else self.stack.select(batch.rows)
+        weights = stack.weights.detach().requires_grad_()
+        total, weight, _ = self._sums(weights, stack.buffers, self._with_day_labels(batch))
+        loss = mean_from_sums(total, weight)
+        (gradients,) = torch.autograd.grad(loss.sum(), weights)
+        factors, clip = self.optimizer.factors, self.clip_values
+        if batch.rows is not None:
+            factors = {name: f.index_select(0, batch.rows) for name, f in factors.items()}
+            clip = None if clip is None else clip.index_select(0, batch.rows)
+        with torch.no_grad():
+            if clip is not None:
+                gradients = self._clip(gradients, clip)
+            self.optimizer.step(stack.weights, gradients, stack.moments, factors)
+            if batch.rows is not None:
+                self.stack.write(batch.rows, stack)
+        return total.detach(), weight
+
+    def _clip(self, gradients: Tensor, limit: Tensor) -> Tensor:
+        """Clip the gradients `[K, P]` of each member by its own norm, or by value."""
+        if self.clip_algorithm == "value":
+            return torch.minimum(torch.maximum(gradients, -limit), limit)
+        norm = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+        return gradients * (limit / (norm + 1e-6)).clamp(max=1.0)
+
+    def _with_day_labels(self, step: MemberBatch) -> Batch:
+        """Return the batch with the labels of each member's training days transformed."""
+        batch, rules = step.batch, [self.members[k].day_label for k in step.members]
+        if all(rule is None for rule in rules) or batch.y is None:
+            return batch
+        labels = [
+            y if rule is None else rule(y, mask)
+            for rule, y, mask in zip(rules, batch.y, batch.mask, strict=True)
+        ]
+        return replace(batch, y=torch.stack(labels))
+
+    def _sums(
+        self,
+        weights: Tensor,
+        buffers: Mapping[str, Tensor],
+        batch: Batch,
+        *,
+        is_shared: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss sums `[K]`, weight sums `[K]` and scores `[K, ...]` of the members."""
+        tensors = {n: getattr(batch, n) for n in BATCH_TENSORS if getattr(batch, n) is not None}
+        extra = dict(batch.extra)
+        is_complete = self.is_complete and self.architecture.training
+
+        def member_sums(
+            state: dict[str, Tensor], values: dict[str, Tensor], extra: dict[str, Tensor]
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            member_batch = Batch(**values, extra=extra)
+            total, weight, score = self.module.loss_sums(member_batch, state, complete=is_complete)
+            if isinstance(weight, int):
+                weight = torch.full((), float(weight), device=total.device)
+            return total, weight, score
+
+        batch_dim = None if is_shared else 0
+        call = vmap(member_sums, in_dims=(0, batch_dim, batch_dim), randomness="different")
+        state = {**self.layout.unpack(weights), **buffers}
+        with stacked_mode(), self.fabric.autocast():
+            return call(state, tensors, extra)
+
+    # -- validation ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _validate(self) -> list[dict[str, float]] | None:
+        """Return the metrics of each member's validation; None without valid segments."""
+        if not self.valid_loader.loaders:
+            return None
+        num_members, num_days = len(self.members), self.num_days
+        sums = torch.zeros(2, num_members, dtype=torch.float64, device=self.device)
+        meter = ICMeter(num_members * num_days)
+        self.architecture.eval()
+        places = torch.arange(num_members, device=self.device)
+        for step in self.valid_loader.batches([0] * num_members):
+            beat("validation")
+            rows, batch = step.rows, step.batch
+            stack = self.stack if rows is None else self.stack.select(rows)
+            total, weight, score = self._sums(
+                stack.weights, stack.buffers, batch, is_shared=step.is_shared
+            )
+            step_sums = torch.stack((total, weight.expand_as(total))).double()
+            members = places if rows is None else rows
+            sums.index_add_(1, members, step_sums)
+            self._update_meter(meter, score, batch, members, is_shared=step.is_shared)
+        daily = meter.compute()
+        means = [x.view(num_members, num_days).nanmean(1) for x in (daily.ic, daily.rank_ic)]
+        rows_of_figures = torch.cat((sums, torch.stack(means))).t().tolist()
+        return [
+            {VALID_LOSS: mean_or_nan(total, weight), VALID_IC: ic, VALID_RANK_IC: rank_ic}
+            for total, weight, ic, rank_ic in rows_of_figures
+        ]
+
+    def _update_meter(
+        self, meter: ICMeter, score: Tensor, batch: Batch, members: Tensor, *, is_shared: bool
+    ) -> None:
+        label = batch.extra.get("raw_label", batch.y)
+        assert label is not None
+        label, date, mask = label[..., 0], batch.date, batch.mask
+        if is_shared:
+            shape = (len(members), *date.shape)
+            label, date = label.expand(shape), date.expand(shape)
+            mask = None if mask is None else mask.expand(shape)
+        if score.dim() > date.dim():
+            score = get_readout(self.module.loss)(score)
+        offset = (members * self.num_days).view(-1, *[1] * (date.dim() - 1))
+        meter.update(score, label, date + offset, mask)
+
+    # -- the best weights, and the end of a member ---------------------------------------------
+
+    def _keep_best(self, places: list[int]) -> None:
+        if places:
+            rows = torch.tensor(places, dtype=torch.int64, device=self.device)
+            self.best.write(rows, self.stack.select(rows))
+
+    def _remove_finished(self) -> list[Member]:
+        """Take the members that have ended out of the stack, with their weights in the network."""
+        finished = [k for k, m in enumerate(self.members) if m.is_finished]
+        if not finished:
+            return []
+        ended = [self.members[k] for k in finished]
+        for place, member in zip(finished, ended, strict=True):
+            has_best = member.progress.best_epoch is not None
+            stack = self.best if has_best else self.stack
+            stack.write_network(place, member.network)
+            if has_best:
+                moments = {name: m[place] for name, m in stack.moments.items()}
+                member.progress.best_weights = copy_state(member.network)
+                member.progress.best_optimizer = member.optimizer_state(moments, self.layout)
+        self._keep([k for k in range(len(self.members)) if k not in set(finished)])
+        self._build_loaders()
+        return ended
+
+
+def _span(places: slice) -> Tensor:
+    return torch.arange(places.start, places.stop)
+
+
+def _has_all_labels(member: Member) -> bool:
+    target = member.train.target
+    return target is not None and not bool(target.isnan().any()) and member.train.weight is None
