@@ -71,12 +71,12 @@ def fit_network(
         log.info("%s", describe_network(network))
         identity = training_identity(network, train, valid, recipe, start)
         with ExitStack() as stack:
-            folder = stack.enter_context(_checkpoint_folder(recipe, recorder))
+            folder = stack.enter_context(checkpoint_folder(recipe, recorder))
             kind = "fit" if tuning is None else "finetune"
             recorder = name_curves(recorder, folder, kind, identity)
             if folder is not None and isinstance(recorder, NamedCurves):
                 # The first training of a run has the folder, a later one a folder in it.
-                folder = stack.enter_context(_hold_folder(folder / recorder.name))
+                folder = stack.enter_context(hold_folder(folder / recorder.name))
             checkpoint = find_resume_checkpoint(resume, folder, identity)
             if recipe.trainer.num_devices > 1:
                 with _convert_interruption(folder, recorder):
@@ -136,7 +136,7 @@ def _convert_interruption(
 
 
 @contextmanager
-def _checkpoint_folder(recipe: Recipe, recorder: TrainingRecorder | None) -> Iterator[Path | None]:
+def checkpoint_folder(recipe: Recipe, recorder: TrainingRecorder | None) -> Iterator[Path | None]:
     """Context manager for the folder of the checkpoints.
 
     It is the configured folder, or the run's, or a temporary one, which is removed unless training
@@ -155,12 +155,12 @@ def _checkpoint_folder(recipe: Recipe, recorder: TrainingRecorder | None) -> Ite
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
         return
-    with _hold_folder(folder):
+    with hold_folder(folder):
         yield folder
 
 
 @contextmanager
-def _hold_folder(folder: Path) -> Iterator[Path]:
+def hold_folder(folder: Path) -> Iterator[Path]:
     """Create the folder of a training, and remove what killed processes have left in it."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder, is_finished=False)

@@ -35,6 +35,7 @@ from qtorch.model.finetune import (
     weights_digest,
 )
 from qtorch.model.fit import fit_network
+from qtorch.model.fleet.fleet import current_fleet, fit_as_member
 from qtorch.model.input_schema import (
     InputSchema,
     check_cross_section,
@@ -223,9 +224,9 @@ class LightningModel(ModelFT):
         matching weight; the message lists the shapes).
         """
         run = current_recorder() if recorder is None else recorder
-        inputs = self.prepare_fit(dataset, reweighter, recorder=run)
+        inputs = self._prepare_fit(dataset, reweighter, run)
         with _keep_best_weights(inputs.store_result):
-            result = fit_network(
+            result = fit_as_member(inputs, run, resume) or fit_network(
                 inputs.make_network,
                 inputs.train,
                 inputs.valid,
@@ -237,27 +238,18 @@ class LightningModel(ModelFT):
             )
         inputs.store_result(result)
 
-    def prepare_fit(
-        self,
-        dataset: Any,
-        reweighter: Any = None,
-        *,
-        recorder: Recorder | None = None,
-        samples: tuple[Samples, Samples | None] | None = None,
-    ) -> FitInputs:
-        """Check the settings and the data of a fit, and return what it trains on.
-
-        `samples`: the result of an earlier call for the same dataset and reweighter, which is then
-        not loaded again. Raises the errors of `fit`.
-        """
+    def _prepare_fit(self, dataset: Any, reweighter: Any, run: Recorder | None) -> FitInputs:
+        """Check the settings and the data of a fit, and return what it trains on."""
         self.check_settings()
         recipe = self._build_recipe()
         device = trainer_device(recipe.trainer)
-        describe_run(recorder, self, dataset)
-        initial = None if self.init_from is None else InitialWeights.load(self.init_from, recorder)
-        if samples is None or initial is not None:
-            samples = self._load_samples(dataset, reweighter, recipe, initial)
-        train, valid = samples
+        describe_run(run, self, dataset)
+        initial = None if self.init_from is None else InitialWeights.load(self.init_from, run)
+        load = partial(self._load_samples, dataset, reweighter, recipe, initial)
+        if initial is None and (fleet := current_fleet()) is not None:
+            train, valid = fleet.share_samples(dataset, reweighter, load)
+        else:
+            train, valid = load()
         loss, num_outputs = build_loss(self.loss), None
         if isinstance(loss, BaseLoss):
             num_outputs = loss.num_outputs(len(train.label_names))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,7 +44,7 @@ def call_stacked_members(
     architecture and the training or evaluation mode; its own weights are not used. With
     `in_dims=None` every member gets the same arguments; with 0 each gets its own, stacked along
     the first axis. Buffers that a training forward pass updates (running statistics) are updated
-    in `state`. Each member has its own dropout masks.
+    in `state`. Each member has its own dropout masks, of torch's generator.
     """
 
     def call_member(
@@ -68,3 +70,88 @@ def stacked_mode() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(is_fastpath_enabled)
         _STACKED.reset(token)
+
+
+@contextmanager
+def member_dropout(key: Tensor) -> Iterator[None]:
+    """Context manager for one member's forward pass: its dropout masks depend on `key` alone.
+
+    `key` is an int32 scalar, of each member inside `vmap`, that should differ between steps. The
+    masks do not depend on which other members there are, nor on a random generator. (They are not
+    those of a training by itself, which draws them from torch's generator.) Entered inside `vmap`.
+    """
+    calls = itertools.count()
+
+    def dropout(
+        input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if not training or p == 0.0:
+            return input
+        if p == 1.0:
+            return input * 0.0
+        bits = _hash_positions(input, key + next(calls) * _CALL_STEP)
+        is_kept = bits >= round(p * 2**32) - 2**31
+        return input * is_kept.to(input.dtype) * (1.0 / (1.0 - p))
+
+    def attention(query: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+        options = dict(zip(names, args, strict=False)) | kwargs
+        p = options.pop("dropout_p", 0.0)
+        if p == 0.0:
+            return fused_attention(query, k, v, **options)
+        weights = _attention_weights(query, k, **options)
+        return dropout(weights, p) @ v
+
+    original_dropout, fused_attention = F.dropout, F.scaled_dot_product_attention
+    # Layers call both by their names in torch.nn.functional; there is no hook for it.
+    F.dropout, F.scaled_dot_product_attention = dropout, attention  # type: ignore[assignment]  # as above
+    try:
+        yield
+    finally:
+        F.dropout, F.scaled_dot_product_attention = original_dropout, fused_attention
+
+
+def _attention_weights(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Return the weights `[..., L, S]` of torch's scaled_dot_product_attention."""
+    if enable_gqa:
+        raise NotImplementedError("dropout of grouped attention is not available for members.")
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        shape = scores.shape[-2:]
+        attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        is_bool = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
+    return scores.softmax(-1)
+
+
+def mix_keys(seeds: Tensor, steps: Tensor) -> Tensor:
+    """Return an int32 key `[K]` for each pair of a seed and a step, int64 `[K]` each."""
+    key = (seeds * _SEED_STEP + steps * _STEP_STEP) & 0xFFFFFFFF
+    return _mix((key - 2**31).to(torch.int32))
+
+
+# Odd numbers, by which the places of a batch, its dropout layers, steps and seeds are spread over
+# the 32 bits before they are mixed.
+_PLACE_STEP, _CALL_STEP, _STEP_STEP, _SEED_STEP = -1640531535, 739982445, 695872825, 668265263
+
+
+def _hash_positions(like: Tensor, key: Tensor) -> Tensor:
+    """Return evenly distributed int32 numbers in the shape of a tensor, a function of `key`."""
+    places = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
+    return _mix(places * _PLACE_STEP + key)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Mix the bits of int32 numbers: shifts and multiplications, as hash functions do."""
+    for shift, factor in ((16, 2146121005), (15, -2073254261), (16, 0)):
+        x = x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))
+        x = x * factor if factor else x
+    return x

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ TRAINER_ARGUMENTS = (
 PRECISIONS = (None, 32, "32", "32-true", "bf16-mixed")
 
 
-def refusal(inputs: FitInputs, network: nn.Module) -> str | None:
+def find_refusal(inputs: FitInputs, network: nn.Module) -> str | None:
     """Say why a training cannot be a member of any fleet; None if it can."""
     recipe, options = inputs.recipe, inputs.recipe.trainer
     settings = {
@@ -102,25 +103,30 @@ def _build_template(recipe: Recipe, network: nn.Module) -> Optimizer:
     return explain_errors(group_parameters(recipe.optimizer, network))(parameters)
 
 
-def architecture_key(inputs: FitInputs, network: nn.Module) -> tuple[Any, ...]:
+def architecture_key(member: Member) -> tuple[Any, ...]:
     """Return what the members of one fleet must have in common."""
+    return member.key
+
+
+def _architecture_key(
+    inputs: FitInputs, network: nn.Module, template: Optimizer
+) -> tuple[Any, ...]:
     recipe, options = inputs.recipe, inputs.recipe.trainer
-    template = _build_template(recipe, network)
-    train, valid = inputs.train, inputs.valid
     return (
         repr(network),
+        type(network),
         tuple((n, tuple(p.shape), p.requires_grad) for n, p in network.named_parameters()),
         tuple((n, tuple(b.shape), b.dtype) for n, b in network.named_buffers()),
-        type(network),
-        repr(sorted(_plain_attributes(network).items(), key=str)),
+        tuple(sorted(_plain_attributes(network).items(), key=str)),
         repr(recipe.loss),
         tuple(sorted((k, str(v)) for k, v in recipe.batch.items())),
         str(options.arguments.get("precision")),
         str(options.arguments.get("deterministic")),
+        options.clip_algorithm,
         recipe.matmul_precision,
         str(inputs.device),
         STACKED[type(template)].signature(template),
-        *(_sample_key(samples) for samples in (train, valid)),
+        *(_sample_key(samples) for samples in (inputs.train, inputs.valid)),
     )
 
 
@@ -175,7 +181,8 @@ class MemberStopping:
 class Member:
     """One training of a fleet: its inputs, its progress, and what happens on the host for it.
 
-    `number` is its place among the models of `fit_fleet`. `network` has the initial weights, and in
+    `number` is that of its job, `key` what the members of its fleet have in common, `folder` where
+    its checkpoints are (None: it has none). `network` has the initial weights, and in
     the end the best ones. `train` and `valid` are the samples on the device.
     """
 
@@ -186,12 +193,15 @@ class Member:
     train: Samples
     valid: Samples | None
     identity: str
+    key: tuple[Any, ...]
     recorder: TrainingRecorder | None = None
+    folder: Path | None = None
     progress: FitProgress = field(default_factory=FitProgress)
     error: Exception | None = None
     is_finished: bool = False
     seconds: float = 0.0
     num_samples: int = 0
+    resumed_from: str | None = None
 
     def __post_init__(self) -> None:
         recipe, options = self.inputs.recipe, self.inputs.recipe.trainer
@@ -224,13 +234,13 @@ class Member:
         number: int,
         inputs: FitInputs,
         network: nn.Module,
-        recorder: TrainingRecorder | None,
     ) -> Member:
         """Make a member of a training and its network with initial weights."""
         train, valid = inputs.train, inputs.valid
         identity = training_identity(network, train, valid, inputs.recipe, inputs.start)
         template = _build_template(inputs.recipe, network)
-        return cls(number, inputs, network, template, train, valid, identity, recorder)
+        key = _architecture_key(inputs, network, template)
+        return cls(number, inputs, network, template, train, valid, identity, key)
 
     @property
     def epoch(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -17,7 +18,7 @@ from qtorch.metrics.ic import ICMeter
 from qtorch.metrics.loss import mean_from_sums
 from qtorch.model.fleet.batches import FleetLoader, MemberBatch
 from qtorch.model.fleet.member import Member
-from qtorch.model.fleet.optimizers import STACKED, StackedOptimizer
+from qtorch.model.fleet.optimizers import STACKED, STEPS, StackedOptimizer
 from qtorch.model.fleet.stack import Layout, MemberStack, copy_state
 from qtorch.model.loop.module import ScoreModule
 from qtorch.model.loop.progress import (
@@ -31,7 +32,7 @@ from qtorch.model.loop.progress import (
     mean_or_nan,
 )
 from qtorch.model.loop.scoring import get_readout
-from qtorch.nn.stacked import stacked_mode
+from qtorch.nn.stacked import member_dropout, mix_keys, stacked_mode
 from qtorch.process.heartbeat import beat
 
 log = logging.getLogger(__name__)
@@ -48,11 +49,9 @@ class FleetTraining:
     and optimizers belong to one training; devices and precision are Lightning Fabric's.
     """
 
-    def __init__(self, members: Sequence[Member], device: torch.device, max_members: int) -> None:
-        self.waiting = list(members)
+    def __init__(self, first: Member, device: torch.device) -> None:
         self.members: list[Member] = []
-        self.device, self.max_members = device, max_members
-        first = members[0]
+        self.device = device
         options = first.inputs.recipe.trainer
         self.architecture: nn.Module = first.network
         self.layout = Layout.from_network(first.network)
@@ -76,26 +75,28 @@ class FleetTraining:
 
     # -- the members of the stack --------------------------------------------------------------
 
-    def fill(self) -> None:
-        """Let waiting members take the free places."""
-        newcomers = self.waiting[: self.max_members - len(self.members)]
+    def enter(
+        self,
+        newcomers: Sequence[Member],
+        states: Sequence[tuple[MemberStack, MemberStack] | None],
+    ) -> None:
+        """Take in members: with the state of a checkpoint (`stack` and `best`), or from scratch."""
         if not newcomers:
             return
-        del self.waiting[: len(newcomers)]
-        stack = MemberStack.from_networks(
-            self.layout, [m.network for m in newcomers], self.moments, self.device
-        )
-        self._join(newcomers, stack, stack.clone())
-
-    def _join(self, newcomers: list[Member], stack: MemberStack, best: MemberStack) -> None:
-        self.stack, self.best = self.stack.join(stack), self.best.join(best)
-        self.members += newcomers
+        for member, state in zip(newcomers, states, strict=True):
+            if state is None:
+                stack = MemberStack.from_networks(
+                    self.layout, [member.network], self.moments, self.device
+                )
+                state = stack, stack.clone()
+            self.stack, self.best = self.stack.join(state[0]), self.best.join(state[1])
+            self.members.append(member)
         self._sort()
 
-    def restore(self, members: list[Member], stack: MemberStack, best: MemberStack) -> None:
-        """Take in members with the state of a checkpoint."""
-        self.waiting = [m for m in self.waiting if m not in members]
-        self._join(members, stack, best)
+    def select(self, place: int) -> tuple[MemberStack, MemberStack]:
+        """Return copies of the rows of one member, of the weights and of the best weights."""
+        row = torch.tensor([place], device=self.device)
+        return self.stack.select(row), self.best.select(row)
 
     def _sort(self) -> None:
         """Put members of the same samples next to each other."""
@@ -129,6 +130,8 @@ class FleetTraining:
         if any(clip is not None for clip in clips):
             limits = [torch.inf if clip is None else clip for clip in clips]
             self.clip_values = torch.tensor(limits, device=self.device)[:, None]
+        seeds = [m.inputs.recipe.seed for m in members]
+        self.seeds = torch.tensor(seeds, dtype=torch.int64, device=self.device)
 
     def _group_columns(self, member: Member) -> list[Tensor]:
         """Return the columns of the weights in each parameter group of the optimizer."""
@@ -146,15 +149,15 @@ class FleetTraining:
 
     # -- one round -----------------------------------------------------------------------------
 
-    def run_round(self, is_stop_requested: Callable[[], bool]) -> list[Member] | None:
-        """Train and validate one epoch of every member; return the members that end with it.
+    def run_round(self, is_stop_requested: Callable[[], bool]) -> bool:
+        """Train and validate one epoch of every member.
 
-        Returns None if a stop was requested: the members are then in the middle of an epoch.
+        Returns False if a stop was requested: the members are then in the middle of an epoch.
         """
         begin = time.perf_counter()
         train_sums = self._train_epoch(is_stop_requested)
         if train_sums is None:
-            return None
+            return False
         figures = self._validate()
         losses = mean_losses(train_sums)
         seconds = time.perf_counter() - begin
@@ -169,7 +172,7 @@ class FleetTraining:
                 improved.append(place)
         self._keep_best(improved)
         self.num_rounds += 1
-        return self._remove_finished()
+        return True
 
     def try_step(self) -> None:
         """Train on the first batch, to see how much memory it takes."""
@@ -203,7 +206,11 @@ class FleetTraining:
         """Update the weights of the batch's members; return their loss and weight sums `[K]`."""
         stack = self.stack if batch.rows is None else self.stack.select(batch.rows)
         weights = stack.weights.detach().requires_grad_()
-        total, weight, _ = self._sums(weights, stack.buffers, self._with_day_labels(batch))
+        seeds = self.seeds if batch.rows is None else self.seeds.index_select(0, batch.rows)
+        keys = mix_keys(seeds, stack.moments[STEPS][:, 0].long())
+        total, weight, _ = self._sums(
+            weights, stack.buffers, self._with_day_labels(batch), dropout_keys=keys
+        )
         loss = mean_from_sums(total, weight)
         (gradients,) = torch.autograd.grad(loss.sum(), weights)
         factors, clip = self.optimizer.factors, self.clip_values
@@ -243,6 +250,7 @@ class FleetTraining:
         batch: Batch,
         *,
         is_shared: bool = False,
+        dropout_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss sums `[K]`, weight sums `[K]` and scores `[K, ...]` of the members."""
         tensors = {n: getattr(batch, n) for n in BATCH_TENSORS if getattr(batch, n) is not None}
@@ -250,19 +258,26 @@ class FleetTraining:
         is_complete = self.is_complete and self.architecture.training
 
         def member_sums(
-            state: dict[str, Tensor], values: dict[str, Tensor], extra: dict[str, Tensor]
+            state: dict[str, Tensor],
+            key: Tensor | None,
+            values: dict[str, Tensor],
+            extra: dict[str, Tensor],
         ) -> tuple[Tensor, Tensor, Tensor]:
             member_batch = Batch(**values, extra=extra)
-            total, weight, score = self.module.loss_sums(member_batch, state, complete=is_complete)
+            with nullcontext() if key is None else member_dropout(key):
+                total, weight, score = self.module.loss_sums(
+                    member_batch, state, complete=is_complete
+                )
             if isinstance(weight, int):
                 weight = torch.full((), float(weight), device=total.device)
             return total, weight, score
 
         batch_dim = None if is_shared else 0
-        call = vmap(member_sums, in_dims=(0, batch_dim, batch_dim), randomness="different")
+        key_dim = None if dropout_keys is None else 0
+        call = vmap(member_sums, in_dims=(0, key_dim, batch_dim, batch_dim), randomness="different")
         state = {**self.layout.unpack(weights), **buffers}
         with stacked_mode(), self.fabric.autocast():
-            return call(state, tensors, extra)
+            return call(state, dropout_keys, tensors, extra)
 
     # -- validation ----------------------------------------------------------------------------
 
@@ -317,7 +332,7 @@ class FleetTraining:
             rows = torch.tensor(places, dtype=torch.int64, device=self.device)
             self.best.write(rows, self.stack.select(rows))
 
-    def _remove_finished(self) -> list[Member]:
+    def remove_finished(self) -> list[Member]:
         """Take the members that have ended out of the stack, with their weights in the network."""
         finished = [k for k, m in enumerate(self.members) if m.is_finished]
         if not finished:
