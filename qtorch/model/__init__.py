@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from qtorch.model.base import BaseModel as BaseModel
     from qtorch.model.base import Model as Model
     from qtorch.model.base import ModelFT as ModelFT
+    from qtorch.model.fleet.fit import FleetError as FleetError
+    from qtorch.model.fleet.fit import fit_fleet as fit_fleet
     from qtorch.model.lightning_model import LightningModel as LightningModel
     from qtorch.model.loop.callbacks import EpochAveraging as EpochAveraging
     from qtorch.model.loop.interruption import TrainingInterrupted as TrainingInterrupted

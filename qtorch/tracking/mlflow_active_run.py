@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlflow
@@ -20,6 +21,17 @@ from mlflow.tracking._tracking_service import utils as tracking_service
 from qtorch.tracking.store_types import RunRow
 
 
+@dataclass(eq=False)
+class _Activation:
+    """An active run's tracking URI, and the one to return to after it."""
+
+    uri: str
+    earlier_uri: Any
+
+
+_activations: list[_Activation] = []
+
+
 def activate_run(uri: str, row: RunRow) -> Callable[[], None]:
     """Make a run MLflow's active run in this thread; return the function that undoes it.
 
@@ -28,7 +40,9 @@ def activate_run(uri: str, row: RunRow) -> Callable[[], None]:
     child process inherits a URI with a password.
     """
     service: Any = tracking_service  # its type says that the URI is None
-    earlier_uri = service._tracking_uri
+    # Runs that are active at once (the members of a fleet) may end in any order.
+    activation = _Activation(uri, service._tracking_uri)
+    _activations.append(activation)
     _set_tracking_uri(uri)
     info = RunInfo(
         row.id,
@@ -49,8 +63,13 @@ def activate_run(uri: str, row: RunRow) -> Callable[[], None]:
         # The run may end in another thread than the one in which it started.
         for stack in (_stack(), *fluent._active_run_stack.get_all_thread_values().values()):
             stack[:] = [r for r in stack if r is not active_run]
-        if service._tracking_uri == uri:  # else the user has set another one meanwhile
-            _set_tracking_uri(earlier_uri)
+        place = _activations.index(activation)
+        later = _activations[place + 1 :]
+        del _activations[place]
+        if later:
+            later[0].earlier_uri = activation.earlier_uri
+        elif service._tracking_uri == uri:  # else the user has set another one meanwhile
+            _set_tracking_uri(activation.earlier_uri)
 
     return deactivate
 

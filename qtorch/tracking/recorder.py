@@ -275,7 +275,7 @@ class Recorder:
         self._sender = Sender(self._store, self._run_id, self._attempt)
         self.owner = os.getpid()
         add_running(self)
-        self._run_log = RunLog()
+        self._run_log = RunLog(lambda: any(r is self for r in visible_recorders()))
         self._activate(row)
         try:
             self._log_provenance(is_resumed)

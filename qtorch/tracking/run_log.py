@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from qtorch.core.runtime import RedactingFormatter
@@ -16,9 +17,12 @@ class RunLog(logging.FileHandler):
 
     Records from INFO on are collected if the log is configured (by a command or `qtorch.init`),
     otherwise warnings and errors, which are then also printed as Python does without a handler.
+    `concerns_run` says whether what is logged now belongs to the run: several runs may be active,
+    each in a context of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, concerns_run: Callable[[], bool]) -> None:
+        self._concerns_run = concerns_run
         self._folder = tempfile.TemporaryDirectory(prefix="qtorch-log-")
         super().__init__(Path(self._folder.name, RUN_LOG), encoding="utf-8", delay=True)
         self.setLevel(logging.INFO)
@@ -30,7 +34,8 @@ class RunLog(logging.FileHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record; print it too if nobody else does."""
-        super().emit(record)
+        if self._concerns_run():
+            super().emit(record)
         handlers = self._logger.handlers
         is_alone = all(isinstance(h, RunLog) for h in handlers) and handlers[:1] == [self]
         printer = logging.lastResort if is_alone and not logging.root.handlers else None

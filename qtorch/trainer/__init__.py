@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from qtorch.core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from qtorch.trainer.fleet import FleetTrainer as FleetTrainer
     from qtorch.trainer.pooled import DelayTrainerRM as DelayTrainerRM
     from qtorch.trainer.pooled import TrainerRM as TrainerRM
     from qtorch.trainer.run import begin_task_train as begin_task_train

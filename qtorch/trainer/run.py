@@ -7,6 +7,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qtorch.core.qlib.translation import translate_task
 from qtorch.core.runtime import seed_everything
 from qtorch.core.secrets import complete_tree, has_mask, redact_tree
 from qtorch.core.session import Session, map_paths, resolve_path, session, session_context
+from qtorch.model.fleet.fleet import current_fleet
 from qtorch.process.heartbeat import beat
 from qtorch.tracking.claims import hold_run
 from qtorch.tracking.delivery import send_outbox
@@ -337,7 +339,7 @@ def _execute(
         check_task(task)
         beat("data")
         model = build_object(task["model"])
-        dataset = build_object(task["dataset"])
+        dataset = _build_dataset(task["dataset"])
         inputs = collect_inputs(task, dataset)
         recorder.set_tags(**inputs.tags)
         if inputs.data is not None:
@@ -357,6 +359,13 @@ def _execute(
         if on_fitted is not None:
             on_fitted(recorder, inputs)
         make_records(recorder, task.get("record"), model, dataset)
+
+
+def _build_dataset(config: Any) -> Any:
+    """Build a task's dataset; the tasks of a fleet share that of equal configurations."""
+    fleet = current_fleet()
+    build = partial(build_object, config)
+    return build() if fleet is None else fleet.share_dataset(config, build)
 
 
 def _save_dataset(recorder: Recorder, dataset: Any) -> None:

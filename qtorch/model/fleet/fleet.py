@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
+from qtorch.core.errors import ConfigError
 from qtorch.core.identity import digest
 from qtorch.data.dataset.samples import Samples
 from qtorch.model.devices.numerics import describe_numerics, numerical_settings
@@ -117,7 +118,10 @@ class Fleet:
 
     def share_dataset(self, config: Any, build: Callable[[], Any]) -> Any:
         """Return the dataset of a configuration, the same object for all jobs with an equal one."""
-        key = digest(config)
+        try:
+            key = digest(config)
+        except (ConfigError, TypeError):  # a live object
+            return build()
         dataset = self._datasets.get(key)
         if dataset is None:
             self._datasets[key] = dataset = build()
