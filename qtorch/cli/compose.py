@@ -31,7 +31,8 @@ from qtorch.core.trust import as_stored_text
 from qtorch.trainer.segments import Calendars, resolve_segments
 
 ROOT_CONFIG = "train"
-LOCAL, POOL = "local", "rm"  # the values of `runner`: this machine, or the workers of a task pool
+# The values of `runner`: this machine, the workers of a task pool, or a fleet on this machine.
+LOCAL, POOL, FLEET = "local", "rm", "fleet"
 QUOTES = (
     "Values that contain ( ) , = : or $ need quotes inside the shell's quotes: "
     "'handler.label=[\"Ref($close,-2)/Ref($close,-1)-1\"]'."
@@ -73,9 +74,17 @@ def compose_settings(root: str, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def check_runner(name: Any) -> None:
-    """Raise ConfigError unless the setting `runner` is LOCAL or POOL."""
-    if name not in (LOCAL, POOL):
-        raise ConfigError(unknown_name_message("runner", str(name), (LOCAL, POOL)))
+    """Raise ConfigError unless the setting `runner` is one of its values."""
+    if name not in (LOCAL, POOL, FLEET):
+        raise ConfigError(unknown_name_message("runner", str(name), (LOCAL, POOL, FLEET)))
+
+
+def select_fleet(argv: Sequence[str]) -> list[str]:
+    """Replace `runner=fleet` by the choice of the launcher that trains jobs as a fleet."""
+    is_fleet = f"runner={FLEET}" in argv
+    if is_fleet and any(word.startswith("hydra/launcher=") for word in argv):
+        raise ConfigError("runner=fleet trains all jobs in this process: remove hydra/launcher.")
+    return [f"hydra/launcher={FLEET}" if word == f"runner={FLEET}" else word for word in argv]
 
 
 def _split_arguments(argv: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qtorch.cli.compose import LOCAL, check_runner, compose_settings
+from qtorch.cli.compose import FLEET, LOCAL, check_runner, compose_settings
 from qtorch.cli.guard import configure_process, handle_stop_signals
 from qtorch.cli.tables.tasks import model_name
-from qtorch.core.errors import format_count
+from qtorch.core.errors import ConfigError, format_count
 
 if TYPE_CHECKING:
     from qtorch.study.rolling import RollingResult
@@ -26,7 +26,8 @@ usage: qtorch rolling [GROUP=OPTION ...] [KEY=VALUE ...] [--config-dir DIR]
   trunc_days  bars between valid (or train) and test; null: as many as the label needs
   warm_start  true: each window starts from the weights of the previous one
   cache       cache the features of all windows on disk: true, a folder, or false
-  runner      local, or rm: through a task pool (pool=NAME url=... wait_only=true)
+  runner      local; fleet: all windows at once; rm: through a task pool (pool=NAME url=...
+              wait_only=true)
 
   qtorch rolling model=gru step=20 horizon=5
   qtorch rolling data=qlib data.provider_uri=~/qlib_data universe=nyse500 runner=rm pool=gru
@@ -73,6 +74,16 @@ def _create_trainer(settings: dict[str, Any]) -> Trainer:
         from qtorch.trainer import TrainerR
 
         return TrainerR(name, default_rec_name=window)
+    if settings["runner"] == FLEET:
+        from qtorch.trainer import FleetTrainer
+
+        if settings["warm_start"] is not False:
+            raise ConfigError(
+                "warm_start=true trains the windows one after another, runner=fleet at once: "
+                "remove one of them."
+            )
+        max_members = settings["fleet"]["max_members"]
+        return FleetTrainer(name, default_rec_name=window, max_members=max_members)
     from qtorch.trainer import TrainerRM
 
     return TrainerRM(

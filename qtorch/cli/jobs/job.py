@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,22 @@ from qtorch.study.sweep import JobResult, sweep_jobs
 RESUME_PREFIXES = ("resume=", "run=", "tracking", "log_level=", "sweep.", "workflow.")
 
 
+_collected_requests: ContextVar[list[dict[str, Any]] | None] = ContextVar(
+    "qtorch_collected_requests", default=None
+)
+
+
+@contextmanager
+def collect_requests() -> Iterator[list[dict[str, Any]]]:
+    """Context manager in which `run_job` only collects what `execute_job` needs of each job."""
+    requests: list[dict[str, Any]] = []
+    token = _collected_requests.set(requests)
+    try:
+        yield requests
+    finally:
+        _collected_requests.reset(token)
+
+
 def run_job(config: DictConfig) -> None:
     """Train what the configuration describes; raise nothing but an interruption.
 
@@ -73,7 +91,10 @@ def _run(config: DictConfig, result: JobResult, folder: Path) -> None:
         command_results.store(result, folder)
         print_failure(result)
         return
-    if use_child_process:
+    collected = _collected_requests.get()
+    if collected is not None:
+        collected.append(request)
+    elif use_child_process:
         _run_job_in_child(request, result, folder)
     elif issubclass(launcher_class(launcher), DetachedLauncher):
         run_submitit_job(lambda: execute_job(request))

@@ -12,10 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qtorch.cli.compose import LOCAL, job_task, task_definition
+from qtorch.cli.compose import POOL, job_task, task_definition
 from qtorch.cli.guard import configure_process, error_line, is_debug_enabled
 from qtorch.cli.jobs.results import FAILED, FINISHED, KILLED, RUNNING, SENT, command_results
-from qtorch.cli.launchers.kinds import OwnProcessLauncher, launcher_class
+from qtorch.cli.launchers.kinds import (
+    OwnProcessLauncher,
+    SharedProcessLauncher,
+    launcher_class,
+)
 from qtorch.cli.launchers.slurm import JOB_TAG, find_earlier_attempt, scheduler_job_name
 from qtorch.cli.tables.jobs import print_summary
 from qtorch.core.errors import ConfigError, QtorchError, printable_text
@@ -61,7 +65,7 @@ def execute_job(request: Mapping[str, Any]) -> None:
     with collect_started_runs() as runs:
         try:
             configure_process(settings["log_level"], (settings["tracking"] or {}).get("uri"))
-            if settings["runner"] == LOCAL:
+            if settings["runner"] != POOL:
                 outcome = _train_job(request)
                 apply_outcome(result, outcome)
                 if result.status == FINISHED:
@@ -198,6 +202,10 @@ def is_isolated(mode: Any, launcher: str, *, sweep: bool) -> bool:
     mode_name = str(mode).lower()
     if mode_name not in MODES:
         raise ConfigError(f"sweep.isolate={mode}: expected auto, true or false.")
+    if issubclass(launcher_class(launcher), SharedProcessLauncher):
+        if mode_name == "true":
+            raise ConfigError("runner=fleet trains all jobs in one process: remove sweep.isolate.")
+        return False
     # A Ray worker runs only one job. A child of it would survive the worker for up to
     # `orphan_seconds` if that is killed, and hold the GPU that Ray gives to the next job.
     has_own_process = issubclass(launcher_class(launcher), OwnProcessLauncher)

@@ -15,6 +15,10 @@ class OwnProcessLauncher:
     """Mixin of launchers that run each job in a process of its own."""
 
 
+class SharedProcessLauncher:
+    """Mixin of launchers whose jobs all run in the launcher's process."""
+
+
 class DetachedLauncher(OwnProcessLauncher):
     """Mixin of launchers whose jobs continue after the process that launched them has ended."""
 
