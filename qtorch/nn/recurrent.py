@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtorch.nn.network import Network
-from qtorch.nn.stacked import is_stacked
+from qtorch.nn.stacked import has_member_dropout, is_stacked
 
 LSTMState = tuple[Tensor, Tensor]
 # From the inputs and the state of one step, both multiplied by their weights, and the state itself
@@ -40,6 +41,10 @@ class LSTMLayers(nn.LSTM):
             zeros = x.new_zeros(self.num_layers, len(x), self.hidden_size)
             states, (h, c) = _run_layers(self, _lstm_step, x, hx or (zeros, zeros))
             return states, (h, c)
+        if has_own_dropout(self):
+            zeros = x.new_zeros(self.num_layers, len(x), self.hidden_size)
+            states, (h, c) = _run_kernels(self, torch.lstm, x, hx or (zeros, zeros))
+            return states, (h, c)
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             # oneDNN has no half-precision LSTM for many CPUs, and raises an error there.
             with torch.autocast("cpu", enabled=False):
@@ -59,10 +64,13 @@ class GRULayers(nn.GRU):
     def forward(  # type: ignore[override]  # torch also declares packed sequences
         self, x: Tensor, hx: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        if not is_stacked():
+        if not is_stacked() and not has_own_dropout(self):
             return super().forward(x, hx)
         if hx is None:
             hx = x.new_zeros(self.num_layers, len(x), self.hidden_size)
+        if not is_stacked():
+            states, (h,) = _run_kernels(self, torch.gru, x, (hx,))
+            return states, h
         states, (h,) = _run_layers(self, _gru_step, x, (hx,))
         return states, h
 
@@ -117,6 +125,26 @@ def _run_layers(
         if k + 1 < layers.num_layers and layers.dropout:
             x = F.dropout(x, layers.dropout, layers.training)
     return x, tuple(torch.stack(parts) for parts in zip(*last_states, strict=True))
+
+
+def has_own_dropout(layers: nn.RNNBase) -> bool:
+    """Whether dropout between layers has to be drawn outside of torch's kernel."""
+    return has_member_dropout() and layers.training and layers.dropout > 0
+
+
+def _run_kernels(
+    layers: nn.RNNBase, kernel: Callable[..., Any], x: Tensor, initial: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run torch's kernel layer by layer, with `F.dropout` between; arguments as `_run_layers`."""
+    last_states = []
+    for k, weights in enumerate(layers.all_weights):
+        state = tuple(part[k : k + 1] for part in initial)
+        options = True, 1, 0.0, True, False, True  # of a single layer, batch first
+        x, *last = kernel(x, state[0] if len(state) == 1 else state, weights, *options)
+        last_states.append(last)
+        if k + 1 < layers.num_layers:
+            x = F.dropout(x, layers.dropout, layers.training)
+    return x, tuple(torch.cat(parts) for parts in zip(*last_states, strict=True))
 
 
 class LastState(Network, ABC):

@@ -15,6 +15,7 @@ from torch.func import functional_call, stack_module_state
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _STACKED: ContextVar[bool] = ContextVar("qtorch_nn_stacked", default=False)
+_MEMBER_DROPOUT: ContextVar[bool] = ContextVar("qtorch_nn_member_dropout", default=False)
 
 
 def is_stacked() -> bool:
@@ -23,6 +24,14 @@ def is_stacked() -> bool:
     Layers whose kernels cannot be batched over members then use operations that can.
     """
     return _STACKED.get()
+
+
+def has_member_dropout() -> bool:
+    """Return whether the current forward pass draws dropout masks by `member_dropout`.
+
+    Layers whose kernels draw masks themselves must then leave that to `F.dropout`.
+    """
+    return _MEMBER_DROPOUT.get()
 
 
 def stack_members(members: Sequence[nn.Module]) -> dict[str, Tensor]:
@@ -105,9 +114,11 @@ def member_dropout(key: Tensor) -> Iterator[None]:
     original_dropout, fused_attention = F.dropout, F.scaled_dot_product_attention
     # Layers call both by their names in torch.nn.functional; there is no hook for it.
     F.dropout, F.scaled_dot_product_attention = dropout, attention  # type: ignore[assignment]  # as above
+    token = _MEMBER_DROPOUT.set(True)
     try:
         yield
     finally:
+        _MEMBER_DROPOUT.reset(token)
         F.dropout, F.scaled_dot_product_attention = original_dropout, fused_attention
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from operator import itemgetter
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.utils._pytree import tree_map
 
 from qtorch.data.dataset.batch import Batch
 from qtorch.metrics.ic import ICMeter
@@ -37,6 +41,10 @@ from qtorch.process.heartbeat import beat
 
 log = logging.getLogger(__name__)
 
+# Bytes of the layer outputs of the members that a CPU computes at once: what its cache holds. For
+# recurrent layers it is less, because torch's kernel for one member is faster than the loop over
+# steps for several, unless both are tiny.
+CACHE_BYTES, RECURRENT_CACHE_BYTES = 4 << 20, 128 << 10
 BATCH_TENSORS = ("x", "date", "instrument", "y", "weight", "mask")
 
 
@@ -68,6 +76,9 @@ class FleetTraining:
         self.moments = optimizer_class.moments(sum(self.layout.sizes), first.template)
         self.optimizer: StackedOptimizer = optimizer_class(self.layout, device, first.template)
         self.is_complete = _has_all_labels(first)
+        self.width = _widest_layer(first.network, first.train.num_features)
+        is_recurrent = any(isinstance(m, nn.RNNBase) for m in first.network.modules())
+        self.cache_bytes = RECURRENT_CACHE_BYTES if is_recurrent else CACHE_BYTES
         stack = MemberStack.from_networks(self.layout, [first.network], self.moments, device)
         self.stack = stack.select(torch.zeros(0, dtype=torch.int64, device=device))
         self.best = self.stack.clone()
@@ -205,14 +216,7 @@ class FleetTraining:
     def _train_step(self, batch: MemberBatch) -> tuple[Tensor, Tensor]:
         """Update the weights of the batch's members; return their loss and weight sums `[K]`."""
         stack = self.stack if batch.rows is None else self.stack.select(batch.rows)
-        weights = stack.weights.detach().requires_grad_()
-        seeds = self.seeds if batch.rows is None else self.seeds.index_select(0, batch.rows)
-        keys = mix_keys(seeds, stack.moments[STEPS][:, 0].long())
-        total, weight, _ = self._sums(
-            weights, stack.buffers, self._with_day_labels(batch), dropout_keys=keys
-        )
-        loss = mean_from_sums(total, weight)
-        (gradients,) = torch.autograd.grad(loss.sum(), weights)
+        total, weight, gradients = self._gradients(stack, batch)
         factors, clip = self.optimizer.factors, self.clip_values
         if batch.rows is not None:
             factors = {name: f.index_select(0, batch.rows) for name, f in factors.items()}
@@ -223,7 +227,41 @@ class FleetTraining:
             self.optimizer.step(stack.weights, gradients, stack.moments, factors)
             if batch.rows is not None:
                 self.stack.write(batch.rows, stack)
-        return total.detach(), weight
+        return total, weight
+
+    def _gradients(self, stack: MemberStack, step: MemberBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss sums `[K]`, weight sums `[K]` and gradients `[K, P]` of the mean losses."""
+        seeds = self.seeds if step.rows is None else self.seeds.index_select(0, step.rows)
+        keys = mix_keys(seeds, stack.moments[STEPS][:, 0].long())
+        batch, parts = self._with_day_labels(step), []
+        chunks, is_single = self._chunks(len(step.members), batch.x.shape[1:-1])
+        for places in chunks:
+            weights = stack.weights[places].detach().requires_grad_()
+            buffers = {name: tensor[places] for name, tensor in stack.buffers.items()}
+            part = batch.map_tensors(itemgetter(places))
+            total, weight, _ = self._sums(
+                weights, buffers, part, is_single=is_single, dropout_keys=keys[places]
+            )
+            loss = mean_from_sums(total, weight)
+            (gradients,) = torch.autograd.grad(loss.sum(), weights)
+            parts.append((total.detach(), weight, gradients))
+        if len(parts) == 1:
+            return parts[0]
+        totals, all_weights, all_gradients = (torch.cat(each) for each in zip(*parts, strict=True))
+        return totals, all_weights, all_gradients
+
+    def _chunks(self, num_members: int, row_shape: Sequence[int]) -> tuple[list[slice], bool]:
+        """Return which members are computed at once: all, or on a CPU what its cache holds.
+
+        The second value says that each is computed by itself. That and the sizes depend on the
+        batch alone and not on how many members there are, which must not change a member's numbers.
+        `row_shape` is that of one member's `x` without the features.
+        """
+        if self.device.type != "cpu":
+            return [slice(0, num_members)], False
+        size = max(1, self.cache_bytes // (4 * math.prod(row_shape) * self.width))
+        places = range(0, num_members, size)
+        return [slice(k, min(k + size, num_members)) for k in places], size == 1
 
     def _clip(self, gradients: Tensor, limit: Tensor) -> Tensor:
         """Clip the gradients `[K, P]` of each member by its own norm, or by value."""
@@ -250,11 +288,11 @@ class FleetTraining:
         batch: Batch,
         *,
         is_shared: bool = False,
+        is_single: bool = False,
         dropout_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss sums `[K]`, weight sums `[K]` and scores `[K, ...]` of the members."""
         tensors = {n: getattr(batch, n) for n in BATCH_TENSORS if getattr(batch, n) is not None}
-        extra = dict(batch.extra)
         is_complete = self.is_complete and self.architecture.training
 
         def member_sums(
@@ -272,12 +310,19 @@ class FleetTraining:
                 weight = torch.full((), float(weight), device=total.device)
             return total, weight, score
 
+        arguments = {**self.layout.unpack(weights), **buffers}, dropout_keys, tensors, batch.extra
         batch_dim = None if is_shared else 0
-        key_dim = None if dropout_keys is None else 0
-        call = vmap(member_sums, in_dims=(0, key_dim, batch_dim, batch_dim), randomness="different")
-        state = {**self.layout.unpack(weights), **buffers}
-        with stacked_mode(), self.fabric.autocast():
-            return call(state, dropout_keys, tensors, extra)
+        dims = (0, None if dropout_keys is None else 0, batch_dim, batch_dim)
+        with self.fabric.autocast():
+            if is_single:
+                # Without vmap, layers use kernels that cannot be batched over members.
+                return _call_single(member_sums, arguments, dims)
+            with stacked_mode():
+                call = vmap(member_sums, in_dims=dims, randomness="different")
+                if len(weights) > 1 or self.device.type != "cpu":
+                    return call(*arguments)
+                # One member gets other kernels, and other last digits, than several: make it two.
+                return _call_doubled(call, arguments, dims)
 
     # -- validation ----------------------------------------------------------------------------
 
@@ -295,10 +340,8 @@ class FleetTraining:
             beat("validation")
             rows, batch = step.rows, step.batch
             stack = self.stack if rows is None else self.stack.select(rows)
-            total, weight, score = self._sums(
-                stack.weights, stack.buffers, batch, is_shared=step.is_shared
-            )
-            step_sums = torch.stack((total, weight.expand_as(total))).double()
+            total, weight, score = self._validation_sums(stack, step)
+            step_sums = torch.stack((total, weight)).double()
             members = places if rows is None else rows
             sums.index_add_(1, members, step_sums)
             self._update_meter(meter, score, batch, members, is_shared=step.is_shared)
@@ -309,6 +352,27 @@ class FleetTraining:
             {VALID_LOSS: mean_or_nan(total, weight), VALID_IC: ic, VALID_RANK_IC: rank_ic}
             for total, weight, ic, rank_ic in rows_of_figures
         ]
+
+    def _validation_sums(
+        self, stack: MemberStack, step: MemberBatch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss sums `[K]`, weight sums `[K]` and scores `[K, ...]` of a validation batch."""
+        parts = []
+        row_shape = step.batch.x.shape[:-1] if step.is_shared else step.batch.x.shape[1:-1]
+        chunks, is_single = self._chunks(len(step.members), row_shape)
+        for places in chunks:
+            buffers = {name: tensor[places] for name, tensor in stack.buffers.items()}
+            batch = step.batch if step.is_shared else step.batch.map_tensors(itemgetter(places))
+            total, weight, score = self._sums(
+                stack.weights[places],
+                buffers,
+                batch,
+                is_shared=step.is_shared,
+                is_single=is_single,
+            )
+            parts.append((total, weight.expand_as(total), score))
+        total, weight, score = (torch.cat(each) for each in zip(*parts, strict=True))
+        return total, weight, score
 
     def _update_meter(
         self, meter: ICMeter, score: Tensor, batch: Batch, members: Tensor, *, is_shared: bool
@@ -349,6 +413,44 @@ class FleetTraining:
         self._keep([k for k in range(len(self.members)) if k not in set(finished)])
         self._build_loaders()
         return ended
+
+
+def _call_single(
+    function: Callable[..., tuple[Tensor, ...]], arguments: Sequence[Any], dims: Sequence[Any]
+) -> Any:
+    """Call a function as `vmap` would for one member."""
+
+    def take(argument: Any, dim: int | None) -> Any:
+        return argument if dim is None else tree_map(lambda t: t[0], argument)
+
+    values = [take(*pair) for pair in zip(arguments, dims, strict=True)]
+    return tree_map(lambda t: t[None], function(*values))
+
+
+def _call_doubled(
+    function: Callable[..., tuple[Tensor, ...]], arguments: Sequence[Any], dims: Sequence[Any]
+) -> Any:
+    """Call a function of several members for one, as two copies; its buffers are updated too."""
+
+    def double(argument: Any, dim: int | None) -> Any:
+        return argument if dim is None else tree_map(lambda t: torch.cat((t, t)), argument)
+
+    doubled = [double(*pair) for pair in zip(arguments, dims, strict=True)]
+    result = tree_map(lambda t: t[:1], function(*doubled))
+    for name, tensor in doubled[0].items():
+        if not tensor.requires_grad:
+            arguments[0][name].copy_(tensor[:1])
+    return result
+
+
+def _widest_layer(network: nn.Module, num_features: int) -> int:
+    """Return the largest number of features that a layer has for each row of a batch."""
+    widths = [num_features]
+    for module in network.modules():
+        if isinstance(module, nn.RNNBase):
+            widths.append(4 * module.hidden_size)
+        widths += [v for v in (getattr(module, "out_features", None),) if isinstance(v, int)]
+    return max(widths)
 
 
 def _span(places: slice) -> Tensor:
