@@ -28,9 +28,9 @@ from qtorch.model.loop.checkpoint import (
 )
 from qtorch.model.loop.curves import NamedCurves, name_curves
 from qtorch.model.loop.interruption import Interruption, StopTraining, TrainingInterrupted
-from qtorch.model.loop.recipe import FitResult, Recipe
 from qtorch.model.loop.training import Training, quiet_lightning, training_identity
 from qtorch.model.network_description import describe_network
+from qtorch.model.recipe import FitResult, Recipe
 from qtorch.tracking.recorder import TrainingRecorder
 
 log = logging.getLogger(__name__)

@@ -61,7 +61,6 @@ from qtorch.model.loop.options import (
     trainer_device,
     trainer_options,
 )
-from qtorch.model.loop.recipe import FitInputs, FitResult, Recipe
 from qtorch.model.loop.schedules import scheduler_plan
 from qtorch.model.loop.scoring import evaluation_batch_size, get_readout, score_series
 from qtorch.model.network_config import (
@@ -71,6 +70,7 @@ from qtorch.model.network_config import (
     network_config,
 )
 from qtorch.model.nonfinite import check_scores, check_weights
+from qtorch.model.recipe import FitInputs, FitResult, Recipe
 from qtorch.model.state import extract_tensors, insert_tensors, replace_nonfinite, restore_nan
 from qtorch.tracking.recorder import current_recorder, tag_lineage
 from qtorch.tracking.run_description import describe_run

@@ -61,13 +61,13 @@ def call_stacked_members(
     ) -> Any:
         return functional_call(network, member_state, member_args, member_kwargs)
 
-    with stacked_mode():
+    with use_stacked_layers():
         call = torch.func.vmap(call_member, in_dims=(0, in_dims, in_dims), randomness="different")
         return call(dict(state), args, kwargs)
 
 
 @contextmanager
-def stacked_mode() -> Iterator[None]:
+def use_stacked_layers() -> Iterator[None]:
     """Context manager: layers use operations that can be batched over members."""
     token = _STACKED.set(True)
     # torch's fused attention kernels cannot be batched over members.

@@ -26,8 +26,8 @@ def test_sweep_as_a_fleet_equals_a_usual_one(train, folder) -> None:
     assert len(runs["fleet"]) == 4
     for key, metrics in runs["usual"].items():
         assert runs["fleet"][key]["valid/loss"] == pytest.approx(metrics["valid/loss"], abs=1e-4)
-    again = train("-m", "runner=fleet", *words, "experiment_name=fleet")
-    assert "already finished" in again.err
+    repeated_sweep = train("-m", "runner=fleet", *words, "experiment_name=fleet")
+    assert "already finished" in repeated_sweep.err
 
 
 def test_mistakes_are_said_before_anything_is_trained(train, qtorch_cli) -> None:

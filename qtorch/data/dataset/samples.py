@@ -145,7 +145,8 @@ class Samples:
 
     def day_sizes(self, days: Tensor) -> Tensor:
         """Return the number of samples of days with samples, int64 in the shape of `days`."""
-        return self._day_counts[days]
+        counts: Tensor = self._day_counts[days]
+        return counts
 
     def describe(self) -> dict[str, Any]:
         """Return a summary of the samples for logs and reports."""

@@ -36,8 +36,8 @@ from qtorch.model.loop.checkpoint import get_network, read_checkpoint, restore_g
 from qtorch.model.loop.interruption import StopTraining
 from qtorch.model.loop.options import TrainerOptions, device_name, parse_devices
 from qtorch.model.loop.rank_group import RankInfo
-from qtorch.model.loop.recipe import Recipe
 from qtorch.model.loop.training import Training, quiet_lightning
+from qtorch.model.recipe import Recipe
 from qtorch.process.child import Parent
 from qtorch.process.heartbeat import listen
 

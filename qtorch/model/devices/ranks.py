@@ -36,7 +36,7 @@ from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.checkpoint import get_generator_states
 from qtorch.model.loop.factories import build_factory
 from qtorch.model.loop.options import TrainerOptions, device_name, parse_devices
-from qtorch.model.loop.recipe import FitResult, Recipe
+from qtorch.model.recipe import FitResult, Recipe
 from qtorch.process.heartbeat import beat
 from qtorch.process.stops import StopRequest
 

@@ -116,17 +116,17 @@ class FleetLoader:
         parts: list[Batch] = []
         counts: list[int] = []
         for owners, order in orders.values():
-            here = [m for m in owners if m in is_member]
-            if not here:
+            present = [m for m in owners if m in is_member]
+            if not present:
                 continue
-            ordered += here
-            if len(here) < len(owners) and not self.is_shared:
-                kept = torch.tensor([owners.index(m) for m in here])
-                order = order.index_select(0, send_to_device(kept, order.device))
-            loader = self.loaders[here[0]]
+            ordered += present
+            if len(present) < len(owners) and not self.is_shared:
+                rows_here = torch.tensor([owners.index(m) for m in present])
+                order = order.index_select(0, send_to_device(rows_here, order.device))
+            loader = self.loaders[present[0]]
             part, part_counts = _gather_members(loader, order[:, begin:end])
             parts.append(part)
-            counts += part_counts * (len(here) if self.is_shared else 1)
+            counts += part_counts * (len(present) if self.is_shared else 1)
         rows = None
         if ordered != list(range(len(self.loaders))):
             rows = send_to_device(torch.tensor(ordered), self.device)
@@ -149,7 +149,8 @@ def _gather_members(loader: BatchLoader, order: Tensor) -> tuple[Batch, list[int
     else:
         batch, counts = samples.batch(order.reshape(-1)), [size] * num_members
     batch = samples.send_to_device(batch)
-    return batch.map_tensors(lambda t: t.unflatten(0, (num_members, size))), counts
+    shape = num_members, size
+    return batch.map_tensors(lambda t: t.reshape(*shape, *t.shape[1:])), counts
 
 
 def _join(parts: Sequence[Batch]) -> Batch:

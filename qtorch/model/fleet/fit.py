@@ -57,8 +57,8 @@ def fit_fleet(
 
     def fit(number: int) -> None:
         options = {"reweighter": all_reweighters[number], "recorder": runs[number]}
-        given = {name: value for name, value in options.items() if value is not None}
-        models[number].fit(all_datasets[number], **given)
+        arguments = {name: value for name, value in options.items() if value is not None}
+        models[number].fit(all_datasets[number], **arguments)
         if on_fitted is not None:
             on_fitted(number)
 

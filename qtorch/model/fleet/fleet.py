@@ -28,8 +28,8 @@ from qtorch.model.fleet.training import FleetTraining
 from qtorch.model.loop.checkpoint import LAST, preserve_generators
 from qtorch.model.loop.curves import NamedCurves, name_curves
 from qtorch.model.loop.interruption import Interruption, TrainingInterrupted
-from qtorch.model.loop.recipe import FitInputs, FitResult, Recipe
 from qtorch.model.loop.training import quiet_lightning
+from qtorch.model.recipe import FitInputs, FitResult, Recipe
 from qtorch.tracking.recorder import TrainingRecorder
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class Fleet:
             if member.folder is not None and (member.folder / LAST).is_file():
                 log.info("job %d has a checkpoint of a fit by itself, and continues so", job.number)
                 return None
-            answer: FitResult = job.wait_for(member)
+            answer: FitResult = job.request_answer(member)
             return answer
 
     def _move(self, samples: Samples, device: torch.device) -> Samples:
@@ -263,18 +263,18 @@ class Fleet:
         training_seconds = time.perf_counter() - begin
         self._save(training)
         leader = _best_member(members)
-        ended = training.remove_finished()
+        finished_members = training.remove_finished_members()
         log.info(
             "round %d: %d members, %d of them ended, %d waiting%s; %s samples/s (%.2f s)",
             training.num_rounds - 1,
             len(members),
-            len(ended),
+            len(finished_members),
             len(self._pending) + len(self._parked),
             leader,
             f"{sum(len(m.train) for m in members) / training_seconds:,.0f}",
             training_seconds,
         )
-        for member in ended:
+        for member in finished_members:
             job = jobs.pop(member.number)
             answer = member.error or _result(member, len(members))
             self._advance(job, answer)

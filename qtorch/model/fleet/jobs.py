@@ -53,8 +53,8 @@ class Job(Generic[T]):
         if stop is not None:
             raise stop
 
-    def wait_for(self, request: Any) -> Any:
-        """Called in the job: wait for the answer to a request."""
+    def request_answer(self, request: Any) -> Any:
+        """Called in the job: make a request, wait, and return the answer."""
         self.request = request
         self._has_stopped.release()
         self._may_run.acquire()

@@ -37,9 +37,9 @@ from qtorch.model.loop.progress import (
     TRAIN_LOSS,
     FitProgress,
 )
-from qtorch.model.loop.recipe import FitInputs, Recipe
 from qtorch.model.loop.schedules import SchedulerPlan, TrainingLength, complete_plan, scheduler_plan
 from qtorch.model.loop.training import training_identity
+from qtorch.model.recipe import FitInputs, Recipe
 from qtorch.tracking.recorder import TrainingRecorder
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,8 @@ def find_refusal(inputs: FitInputs, network: nn.Module) -> str | None:
 def _build_template(recipe: Recipe, network: nn.Module) -> Optimizer:
     """Build torch's optimizer of one member; it only holds the hyperparameters."""
     parameters = [p for p in network.parameters() if p.requires_grad]
-    return explain_errors(group_parameters(recipe.optimizer, network))(parameters)
+    optimizer: Optimizer = explain_errors(group_parameters(recipe.optimizer, network))(parameters)
+    return optimizer
 
 
 def architecture_key(member: Member) -> tuple[Any, ...]:

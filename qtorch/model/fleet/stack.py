@@ -55,9 +55,9 @@ class Layout:
 
         Its backward is a single concatenation of the gradients.
         """
-        parts = rows.split(self.sizes, dim=1)
+        parts = torch.split(rows, self.sizes, dim=1)
         return {
-            name: part.unflatten(1, shape) if len(shape) else part.squeeze(1)
+            name: part.view(len(rows), *shape)
             for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
 
@@ -99,8 +99,8 @@ class MemberStack:
         """
         states = [dict(n.named_parameters()) | dict(n.named_buffers()) for n in networks]
         weights = torch.stack([layout.pack(state) for state in states]).to(device)
-        others = [name for name in states[0] if name not in layout.names]
-        buffers = {n: torch.stack([s[n].detach() for s in states]).to(device) for n in others}
+        buffer_names = [name for name in states[0] if name not in layout.names]
+        buffers = {n: torch.stack([s[n].detach() for s in states]).to(device) for n in buffer_names}
         zeros = {
             name: torch.zeros(len(networks), width, device=device)
             for name, width in moments.items()
@@ -137,15 +137,15 @@ class MemberStack:
 
     def write(self, rows: Tensor, members: MemberStack) -> None:
         """Overwrite the rows `[K]` with those of another stack of K members."""
-        others = members.tensors()
+        new_values = members.tensors()
         for key, tensor in self.tensors().items():
-            tensor.index_copy_(0, rows, others[key])
+            tensor.index_copy_(0, rows, new_values[key])
 
     def join(self, other: MemberStack) -> MemberStack:
         """Return this stack's members, followed by those of another one."""
-        others = other.tensors()
+        further = other.tensors()
         return self.map_tensors(
-            {key: torch.cat((tensor, others[key])) for key, tensor in self.tensors().items()}
+            {key: torch.cat((tensor, further[key])) for key, tensor in self.tensors().items()}
         )
 
     @torch.no_grad()

@@ -36,7 +36,7 @@ from qtorch.model.loop.progress import (
     mean_or_nan,
 )
 from qtorch.model.loop.scoring import get_readout
-from qtorch.nn.stacked import member_dropout, mix_keys, stacked_mode
+from qtorch.nn.stacked import member_dropout, mix_keys, use_stacked_layers
 from qtorch.process.heartbeat import beat
 
 log = logging.getLogger(__name__)
@@ -268,16 +268,18 @@ class FleetTraining:
         if self.clip_algorithm == "value":
             return torch.minimum(torch.maximum(gradients, -limit), limit)
         norm = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
-        return gradients * (limit / (norm + 1e-6)).clamp(max=1.0)
+        factor: Tensor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        return gradients * factor
 
     def _with_day_labels(self, step: MemberBatch) -> Batch:
         """Return the batch with the labels of each member's training days transformed."""
         batch, rules = step.batch, [self.members[k].day_label for k in step.members]
         if all(rule is None for rule in rules) or batch.y is None:
             return batch
+        masks = [None] * len(rules) if batch.mask is None else list(batch.mask)
         labels = [
             y if rule is None else rule(y, mask)
-            for rule, y, mask in zip(rules, batch.y, batch.mask, strict=True)
+            for rule, y, mask in zip(rules, batch.y, masks, strict=True)
         ]
         return replace(batch, y=torch.stack(labels))
 
@@ -292,13 +294,15 @@ class FleetTraining:
         dropout_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss sums `[K]`, weight sums `[K]` and scores `[K, ...]` of the members."""
-        tensors = {n: getattr(batch, n) for n in BATCH_TENSORS if getattr(batch, n) is not None}
+        tensors: dict[str, Any] = {
+            n: getattr(batch, n) for n in BATCH_TENSORS if getattr(batch, n) is not None
+        }
         is_complete = self.is_complete and self.architecture.training
 
         def member_sums(
             state: dict[str, Tensor],
             key: Tensor | None,
-            values: dict[str, Tensor],
+            values: dict[str, Any],
             extra: dict[str, Tensor],
         ) -> tuple[Tensor, Tensor, Tensor]:
             member_batch = Batch(**values, extra=extra)
@@ -313,16 +317,20 @@ class FleetTraining:
         arguments = {**self.layout.unpack(weights), **buffers}, dropout_keys, tensors, batch.extra
         batch_dim = None if is_shared else 0
         dims = (0, None if dropout_keys is None else 0, batch_dim, batch_dim)
+        results: tuple[Tensor, Tensor, Tensor]
         with self.fabric.autocast():
             if is_single:
                 # Without vmap, layers use kernels that cannot be batched over members.
-                return _call_single(member_sums, arguments, dims)
-            with stacked_mode():
+                results = _call_single(member_sums, arguments, dims)
+                return results
+            with use_stacked_layers():
                 call = vmap(member_sums, in_dims=dims, randomness="different")
                 if len(weights) > 1 or self.device.type != "cpu":
-                    return call(*arguments)
+                    results = call(*arguments)
+                    return results
                 # One member gets other kernels, and other last digits, than several: make it two.
-                return _call_doubled(call, arguments, dims)
+                results = _call_as_two(call, arguments, dims)
+                return results
 
     # -- validation ----------------------------------------------------------------------------
 
@@ -396,13 +404,13 @@ class FleetTraining:
             rows = torch.tensor(places, dtype=torch.int64, device=self.device)
             self.best.write(rows, self.stack.select(rows))
 
-    def remove_finished(self) -> list[Member]:
+    def remove_finished_members(self) -> list[Member]:
         """Take the members that have ended out of the stack, with their weights in the network."""
-        finished = [k for k, m in enumerate(self.members) if m.is_finished]
-        if not finished:
+        places = [k for k, m in enumerate(self.members) if m.is_finished]
+        if not places:
             return []
-        ended = [self.members[k] for k in finished]
-        for place, member in zip(finished, ended, strict=True):
+        finished_members = [self.members[k] for k in places]
+        for place, member in zip(places, finished_members, strict=True):
             has_best = member.progress.best_epoch is not None
             stack = self.best if has_best else self.stack
             stack.write_network(place, member.network)
@@ -410,9 +418,9 @@ class FleetTraining:
                 moments = {name: m[place] for name, m in stack.moments.items()}
                 member.progress.best_weights = copy_state(member.network)
                 member.progress.best_optimizer = member.optimizer_state(moments, self.layout)
-        self._keep([k for k in range(len(self.members)) if k not in set(finished)])
+        self._keep([k for k in range(len(self.members)) if k not in set(places)])
         self._build_loaders()
-        return ended
+        return finished_members
 
 
 def _call_single(
@@ -427,7 +435,7 @@ def _call_single(
     return tree_map(lambda t: t[None], function(*values))
 
 
-def _call_doubled(
+def _call_as_two(
     function: Callable[..., tuple[Tensor, ...]], arguments: Sequence[Any], dims: Sequence[Any]
 ) -> Any:
     """Call a function of several members for one, as two copies; its buffers are updated too."""

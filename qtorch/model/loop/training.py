@@ -63,7 +63,6 @@ from qtorch.model.loop.options import (
 )
 from qtorch.model.loop.progress import FitProgress
 from qtorch.model.loop.rank_group import RankGroup, RankInfo
-from qtorch.model.loop.recipe import FitResult, Recipe
 from qtorch.model.loop.schedules import (
     SchedulerPlan,
     TrainingLength,
@@ -72,6 +71,7 @@ from qtorch.model.loop.schedules import (
 )
 from qtorch.model.loop.sharding import gather_weights, is_sharded
 from qtorch.model.loop.user_module import UserModuleRescaler
+from qtorch.model.recipe import FitResult, Recipe
 from qtorch.process.stops import StopRequest
 from qtorch.tracking.recorder import MetricRecorder
 

@@ -54,8 +54,8 @@ def fit_each(models: list[LightningModel], *arguments: Any) -> list[LightningMod
 
 
 def largest_difference(first: LightningModel, second: LightningModel) -> float:
-    weights, others = model_weights(first), model_weights(second)
-    return max(float((weights[n] - others[n]).abs().max()) for n in weights)
+    pair = model_weights(first), model_weights(second)
+    return max(float((pair[0][n] - pair[1][n]).abs().max()) for n in pair[0])
 
 
 def assert_equal_fits(fleet: list[LightningModel], single: list[LightningModel]) -> None:
@@ -245,8 +245,8 @@ def test_dropout_masks_differ_between_members_layers_and_steps() -> None:
     assert masks.mean(1) == pytest.approx([0.25] * 6, abs=0.02)
     correlations = torch.corrcoef(masks) - torch.eye(6)
     assert float(correlations.abs().max()) < 0.04
-    again = torch.func.vmap(draw)(torch.ones(3, 400, 50), mix_keys(seeds, steps)) == 0
-    assert torch.equal(again.flatten(2).flatten(0, 1).double(), masks)
+    repeated_masks = torch.func.vmap(draw)(torch.ones(3, 400, 50), mix_keys(seeds, steps)) == 0
+    assert torch.equal(repeated_masks.flatten(2).flatten(0, 1).double(), masks)
 
 
 def test_dropout_of_attention_is_that_of_its_weights() -> None:

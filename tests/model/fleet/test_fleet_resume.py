@@ -80,36 +80,36 @@ def train(folder: str, kill_step: int = -1, signal_number: int = signal.SIGKILL)
     )
 
 
-def run_forked(*arguments: Any) -> int:
+def train_in_process(*arguments: Any) -> int:
     """Train in another process; return its exit code."""
     return ForkedProcess(partial(train, *arguments)).wait()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert run_forked(str(folder)) == 0
+def whole_fleet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole_fleet")
+    assert train_in_process(str(folder)) == 0
     return folder
 
 
-def assert_equal_results(folder: Path, undisturbed: Path) -> None:
+def assert_equal_results(folder: Path, whole_fleet: Path) -> None:
     for k in range(NUM_MEMBERS):
-        weights, expected = (torch.load(f / f"{k}.pt") for f in (folder, undisturbed))
+        weights, expected = (torch.load(f / f"{k}.pt") for f in (folder, whole_fleet))
         assert same_weights(weights, expected), k
         history = ToyRecorder(folder / str(k)).history()
-        assert history == ToyRecorder(undisturbed / str(k)).history()
+        assert history == ToyRecorder(whole_fleet / str(k)).history()
 
 
 @pytest.mark.slow
-def test_killed_fleets_end_as_undisturbed(tmp_path: Path, undisturbed: Path) -> None:
+def test_killed_fleets_end_as_whole_fleets(tmp_path: Path, whole_fleet: Path) -> None:
     """QTORCH_FLEET_KILLS: how many fleets are killed, each at a random step."""
     draws = random.Random(1)
     for kill in range(int(os.environ.get("QTORCH_FLEET_KILLS", "3"))):
         folder = tmp_path / str(kill)
         folder.mkdir()
-        assert run_forked(str(folder), draws.randrange(80)) == -signal.SIGKILL
-        assert run_forked(str(folder)) == 0
-        assert_equal_results(folder, undisturbed)
+        assert train_in_process(str(folder), draws.randrange(80)) == -signal.SIGKILL
+        assert train_in_process(str(folder)) == 0
+        assert_equal_results(folder, whole_fleet)
 
 
 def test_interrupted_fleet_is_resumed_by_the_same_call(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_interrupted_fleet_is_resumed_by_the_same_call(tmp_path: Path) -> None:
         assert b.fit_report_["resumed_from"].endswith(f"{FOLDER}/{LAST}")
 
 
-def stopped_fleet(folder: Path, dataset: ToyDataset) -> list[Any]:
+def stop_fleet(folder: Path, dataset: ToyDataset) -> list[Any]:
     """Train two epochs of a fleet of five; return its recorders."""
     recorders, rounds = make_recorders(folder), 0
     original_round = FleetTraining.run_round
@@ -160,7 +160,7 @@ def stopped_fleet(folder: Path, dataset: ToyDataset) -> list[Any]:
 def test_a_member_is_resumed_alone(tmp_path: Path) -> None:
     dataset, whole = ToyDataset(), make_members()
     fit_fleet(whole, dataset)
-    recorders = stopped_fleet(tmp_path, dataset)
+    recorders = stop_fleet(tmp_path, dataset)
     model = make_members()[3]
     model.fit(dataset, recorder=recorders[3])
     assert model.fit_report_["resumed_from"] is not None
@@ -172,7 +172,7 @@ def test_a_member_is_resumed_alone(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset, whole = ToyDataset(), make_members()
     fit_fleet(whole, dataset)
-    recorders = stopped_fleet(tmp_path, dataset)
+    recorders = stop_fleet(tmp_path, dataset)
     path = recorders[0].checkpoint_dir() / FOLDER / LAST
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_checkpoint_of_another_training_is_not_used(tmp_path: Path) -> None:
     dataset = ToyDataset()
-    recorders = stopped_fleet(tmp_path, dataset)
+    recorders = stop_fleet(tmp_path, dataset)
     models = make_members()[:2]
     for model in models:
         model.batch["size"] = 50
