@@ -383,6 +383,29 @@ def measure_sweep(bench: Bench) -> None:
     )
 
 
+def measure_fleet(bench: Bench) -> None:
+    works = {
+        "small_mlp": ("20 seeds of an MLP with small steps", ">= 4"),
+        "dlinear": ("20 seeds of DLinear", "none"),
+        "lstm_800": ("8 seeds of an LSTM of two layers, batch 800", ">= 0.9"),
+        "lstm_100": ("8 seeds of the same, batch 100", ">= 1.5"),
+        "stockmixer": ("8 seeds of StockMixer", "none"),
+        "rolling": ("windows of a small GRU", ">= 2"),
+    }
+    for work, (name, target) in works.items():
+        result = bench.run("fleet_side", work, threads=1)
+        if result is None:
+            continue
+        fleet, serial = result["fleet_processor"], result["serial_processor"]
+        bench.add_row(
+            f"Fleet: {name}, with runs and records",
+            format_seconds(fleet),
+            f"one after another {format_seconds(serial)}",
+            safe_ratio(serial, fleet),
+            target,
+        )
+
+
 def measure_resume(bench: Bench) -> None:
     result = bench.run("resume_side", "resume", threads=1)
     if result is None:
@@ -447,6 +470,7 @@ MEASUREMENTS = {
     "pooled": measure_pooled_trainer,
     "rolling": measure_rolling,
     "sweep": measure_sweep,
+    "fleet": measure_fleet,
     "resume": measure_resume,
     "backtests": measure_backtests,
 }

@@ -17,6 +17,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 WINDOW_WORKS = ("rolling",)
@@ -100,10 +101,12 @@ def run_work(work: str) -> dict[str, Any]:
     result: dict[str, Any] = {"members": MEMBERS.get(work, 8)}
     for name, trainer in trainers.items():
         if work in WINDOW_WORKS:
-            seconds = measure(lambda t=trainer, n=name: rolling_study(make_task(work, 0), t(n), step=4))
+            seconds = measure(
+                lambda t=trainer, n=name: rolling_study(make_task(work, 0), t(n), step=4)
+            )
         else:
             tasks = [make_task(work, seed) for seed in range(result["members"])]
-            seconds = measure(lambda t=trainer, n=name, tasks=tasks: t(n)(tasks))
+            seconds = measure(partial(trainer(name), tasks))
         result |= {f"{name}_{clock}": round(value, 2) for clock, value in seconds.items()}
         result[f"{name}_megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return result
