@@ -95,9 +95,8 @@ class Loss(BaseLoss):
             return self.total(score, target.to(score.dtype)), target.numel()
         valid, weights = valid_and_weight(target, weight, mask)
         # Replace NaN before the loss is computed: a NaN times zero still has a NaN gradient.
-        score = torch.where(valid, score, 0.0)
-        target = torch.where(valid, target, 0.0).to(score.dtype)
-        return (self.elementwise(score, target) * weights).sum(), weights.sum()
+        score, target = (values.masked_fill(~valid, 0.0) for values in (score, target))
+        return (self.elementwise(score, target.to(score.dtype)) * weights).sum(), weights.sum()
 
 
 class FunctionalLoss(Loss):
@@ -411,8 +410,9 @@ LOSSES: dict[str, type[BaseLoss]] = {
 
 
 def mean_from_sums(total: Tensor, weight_sum: Tensor) -> Tensor:
-    """total / weight_sum, or zero if the weights sum to zero."""
-    return total / torch.where(weight_sum == 0, 1.0, weight_sum)
+    """total / weight_sum, or zero if the weights, which are never negative, sum to zero."""
+    is_float = weight_sum.is_floating_point()
+    return total / weight_sum.clamp(min=torch.finfo(weight_sum.dtype).tiny if is_float else 1)
 
 
 def validate_score(score: Tensor, target: Tensor) -> Tensor:

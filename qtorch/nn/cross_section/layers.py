@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,9 +33,50 @@ def cosine_similarities(x: Tensor, y: Tensor) -> Tensor:
 
     A zero vector has cosine zero, with zero gradient.
     """
-    # vector_norm has a finite gradient at zero; the square root of a sum of squares has not.
-    x_length, y_length = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, y))
-    return x @ y.transpose(-1, -2) / (x_length @ y_length.transpose(-1, -2) + 1e-6)
+    return _CosineSimilarities.apply(x, y)[0]  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+class _CosineSimilarities(torch.autograd.Function):
+    """`x y' / (|x| |y|' + 1e-6)`, with a third of the operations that its parts' gradients need."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        x_length, y_length = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, y))
+        product_of_lengths = x_length @ y_length.transpose(-1, -2) + 1e-6
+        cosine = x @ y.transpose(-1, -2) / product_of_lengths
+        return cosine, x_length, y_length, product_of_lengths
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        precision = ctx.saved_tensors[3].dtype  # in mixed precision the others may have less
+        x, y, cosine, x_length, y_length, product_of_lengths = (
+            t.to(precision) for t in ctx.saved_tensors
+        )
+        to_product = gradient.to(precision) / product_of_lengths
+        to_lengths = to_product * cosine  # with the other sign
+        x_gradient = torch.addcmul(
+            to_product @ y, (to_lengths @ y_length) / _positive(x_length), x, value=-1
+        )
+        y_gradient = torch.addcmul(
+            to_product.transpose(-1, -2) @ x,
+            (to_lengths.transpose(-1, -2) @ x_length) / _positive(y_length),
+            y,
+            value=-1,
+        )
+        return x_gradient.to(ctx.saved_tensors[0].dtype), y_gradient.to(ctx.saved_tensors[1].dtype)
+
+
+def _positive(length: Tensor) -> Tensor:
+    """Return the lengths, to divide by: what is divided by a length of zero is zero itself."""
+    return length.clamp(min=torch.finfo(length.dtype).tiny)
 
 
 def exact_similarities(x: Tensor, y: Tensor) -> Tensor:
