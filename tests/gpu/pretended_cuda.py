@@ -631,8 +631,9 @@ def replace_torch_functions(gpu: PretendedCuda) -> list[Callable[[], None]]:
     replace(torch, "inference_mode", lambda mode=True: torch.no_grad())
     replace(sys.modules["qtorch.data.threads"], "ThreadPoolExecutor", DeviceThreads)
     replace(nn.functional, "scaled_dot_product_attention", _attention)
-    replace(torch._VF, "lstm", _recurrent_layer(Cudnn.LSTM))
-    replace(torch._VF, "gru", _recurrent_layer(Cudnn.GRU))
+    for owner in (torch, torch._VF):
+        replace(owner, "lstm", _recurrent_layer(Cudnn.LSTM))
+        replace(owner, "gru", _recurrent_layer(Cudnn.GRU))
     return undo
 
 

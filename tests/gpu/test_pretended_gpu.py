@@ -102,6 +102,25 @@ def test_every_wait_outside_of_the_steps_is_listed_with_its_reason(report: dict[
     assert waits == listed
 
 
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bool]]:
+    """What differs between two fits of each network if atomic sums have a random order."""
+    path = tmp_path_factory.mktemp("gpu") / "differences.json"
+    process = run_program("tests/gpu/same_fit_twice.py", str(path))
+    assert process.returncode == 0, process.stderr[-3000:]
+    content: dict[str, dict[str, bool]] = json.loads(path.read_text())
+    return content
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_same_fit_twice_is_bit_identical(name: str, differences: dict[str, Any]) -> None:
+    assert not any(differences[name].values()), differences[name]
+
+
+def test_a_fit_that_adds_atomically_is_found(differences: dict[str, Any]) -> None:
+    assert all(differences["sums"].values())
+
+
 GPU_TESTS = [
     "tests/data/dataset/test_samples.py",
     "tests/data/expression/test_evaluation.py",

@@ -55,7 +55,7 @@ class _CosineSimilarities(torch.autograd.Function):
         ctx.save_for_backward(*inputs, *output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor, Tensor]:
         precision = ctx.saved_tensors[3].dtype  # in mixed precision the others may have less
         x, y, cosine, x_length, y_length, product_of_lengths = (
             t.to(precision) for t in ctx.saved_tensors
@@ -105,22 +105,21 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         if self.training:
             weight = mask[..., None].to(x.dtype)
             count = weight.sum()
-            is_several = count > 1
+            is_several = (count > 1).to(x.dtype)  # 1 or 0
             batch_mean = (x * weight).sum((0, 1)) / count.clamp(min=1)
             squares = ((x - batch_mean) * weight).square().sum((0, 1))
-            mean = torch.where(is_several, batch_mean, mean)
-            variance = torch.where(is_several, squares / count.clamp(min=1), variance)
+            # torch.lerp instead of `if`: no device synchronization, and compilable.
+            mean = torch.lerp(mean, batch_mean, is_several)
+            variance = torch.lerp(variance, squares / count.clamp(min=1), is_several)
             self._update_running_stats(
-                batch_mean.detach(), (squares / (count - 1)).detach(), is_several
+                batch_mean.detach(), squares.detach() / (count - 1).clamp(min=1), is_several
             )
         return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
 
     @torch.no_grad()
     def _update_running_stats(self, mean: Tensor, variance: Tensor, is_several: Tensor) -> None:
-        """Update the running statistics if the batch has several samples."""
-        # torch.where instead of `if`: no device synchronization, and compilable.
+        """Update the running statistics if `is_several` is 1."""
+        step = self.momentum * is_several
         for running, value in ((self.running_mean, mean), (self.running_var, variance)):
-            running.copy_(
-                torch.where(is_several, running + self.momentum * (value - running), running)
-            )
-        self.num_batches_tracked.add_(is_several)
+            running.addcmul_(value - running, step)
+        self.num_batches_tracked.add_(is_several.to(self.num_batches_tracked.dtype))

@@ -134,9 +134,18 @@ class InstrumentMixer(nn.Module):
         is_present = mask[..., None].to(x.dtype)
         count = is_present.sum(1, keepdim=True).clamp(min=1)
         x = (x - (x * is_present).sum(1, keepdim=True) / count) * is_present
-        x = x / (x.square().sum(1, keepdim=True) / count + self.norm.eps).sqrt()
-        x = x * self.norm.weight[instrument][..., None] + self.norm.bias[instrument][..., None]
-        market_weight = self.dense1.weight.t()[instrument]  # [G, N, K]
-        states = (x * is_present).transpose(1, 2) @ market_weight + self.dense1.bias  # [G, L, K]
-        effect = self.dense2.weight[instrument] @ F.hardswish(states).transpose(1, 2)  # [G, N, L]
-        return effect + self.dense2.bias[instrument][..., None]
+        x = x * (x.square().sum(1, keepdim=True) / count + self.norm.eps).rsqrt()
+        # A look-up as of embeddings: its gradient is one operation on a GPU, and always the same.
+        scale, shift, dense2_bias, to_market, from_market = (
+            F.embedding(instrument, weight)  # [G, N, 1 or K]
+            for weight in (
+                self.norm.weight[:, None],
+                self.norm.bias[:, None],
+                self.dense2.bias[:, None],
+                self.dense1.weight.t(),
+                self.dense2.weight,
+            )
+        )
+        x = torch.addcmul(shift, x, scale)
+        states = (x * is_present).transpose(1, 2) @ to_market + self.dense1.bias  # [G, L, K]
+        return from_market @ F.hardswish(states).transpose(1, 2) + dense2_bias  # [G, N, L]
