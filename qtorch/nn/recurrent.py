@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ class LSTMLayers(nn.LSTM):
 
 
 def _lacks_half_precision(x: Tensor) -> bool:
-    """Whether oneDNN would have to run an LSTM in half precision, which many CPUs do not support."""
+    """Whether oneDNN would run an LSTM in half precision, which many CPUs do not support."""
     return x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
 
 

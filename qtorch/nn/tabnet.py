@@ -222,7 +222,7 @@ class GhostNorm(nn.Module):
             F.batch_norm(
                 part, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, MOMENTUM, bn.eps
             )
-            for part in x.split(sizes)
+            for part in torch.split(x, sizes)
         ]
         return torch.cat(parts)
 

@@ -127,7 +127,7 @@ class AttentionBlock(nn.Module):
         x = self.norm1(x)
         # One product for the three of them.
         weight = torch.cat([layer.weight for layer in (self.qtrans, self.ktrans, self.vtrans)])
-        heads = F.linear(x, weight).unflatten(-1, (3, self.nhead, -1))  # [B, L, 3, A, H / A]
+        heads = F.linear(x, weight).reshape(*x.shape[:2], 3, self.nhead, -1)  # [B, L, 3, A, H / A]
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # [B, A, L, H / A]
         attention = F.scaled_dot_product_attention(
             query,

@@ -93,7 +93,7 @@ def scan(decay: Tensor, increment: Tensor) -> Tensor:
     dtype = torch.promote_types(decay.dtype, increment.dtype)
     decay, increment = decay.to(dtype), increment.to(dtype)
     if not is_stacked():
-        return _Scan.apply(decay, increment)  # type: ignore[no-any-return, no-untyped-call]  # untyped in torch
+        return _Scan.apply(decay, increment)  # type: ignore[no-untyped-call]  # untyped in torch
     # Functions that write into given memory cannot be batched over members.
     states = [increment[:, 0]]  # the first state is the first increment
     for t in range(1, increment.shape[1]):

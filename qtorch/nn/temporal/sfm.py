@@ -91,9 +91,9 @@ class SFM(Network):
         ):
             masked_state = state if self.dropout_U == 0 else state * state_mask
             parts = torch.addmm(step_inputs, masked_state, recur)  # [B, 4H + K]
-            parts, candidate = parts.split((3 * hidden + frequencies, hidden), -1)
+            parts, candidate = torch.split(parts, [3 * hidden + frequencies, hidden], -1)
             i, state_gate, o, frequency_gate = torch.split(
-                F.hardsigmoid(parts), (hidden, hidden, hidden, frequencies), -1
+                F.hardsigmoid(parts), [hidden, hidden, hidden, frequencies], -1
             )
             candidate = i * torch.tanh(candidate)
             forget = state_gate[:, :, None] * frequency_gate[:, None]  # [B, H, K]
@@ -104,7 +104,7 @@ class SFM(Network):
 
     def _move_candidate(self, values: Tensor) -> Tensor:
         """Return the weights or biases `[4H + K, ...]` of all parts with the candidate's last."""
-        i, state_gate, candidate, o, frequency_gate = values.split(self._part_sizes)
+        i, state_gate, candidate, o, frequency_gate = torch.split(values, self._part_sizes)
         return torch.cat((i, state_gate, o, frequency_gate, candidate))
 
     def _waves(self, num_steps: int) -> Iterable[Tensor]:
