@@ -95,7 +95,8 @@ class Loss(BaseLoss):
             return self.total(score, target.to(score.dtype)), target.numel()
         valid, weights = valid_and_weight(target, weight, mask)
         # Replace NaN before the loss is computed: a NaN times zero still has a NaN gradient.
-        score, target = (values.masked_fill(~valid, 0.0) for values in (score, target))
+        is_missing = ~valid
+        score, target = (values.masked_fill(is_missing, 0.0) for values in (score, target))
         return (self.elementwise(score, target.to(score.dtype)) * weights).sum(), weights.sum()
 
 
@@ -214,8 +215,9 @@ class CrossEntropy(BaseLoss):
             )
         score = in_single_precision(score)
         valid, weights = valid_and_weight(target, weight, mask)
-        score = torch.where(valid[..., None], score, 0.0)
-        bins = torch.bucketize(torch.where(valid, target, 0.0).to(score.dtype), self.edges)
+        is_missing = ~valid
+        score = score.masked_fill(is_missing[..., None], 0.0)
+        bins = torch.bucketize(target.masked_fill(is_missing, 0.0).to(score.dtype), self.edges)
         losses = -score.log_softmax(-1).gather(-1, bins[..., None])[..., 0]
         return (losses * weights).sum(), target.numel() if complete else weights.sum()
 
@@ -296,8 +298,9 @@ class DayLoss(BaseLoss):
                 "batch.order=day (in Python, batch={'order': 'day'})."
             )
         valid, share = valid_and_weight(target, weight, mask)
-        score = torch.where(valid, score, 0.0)
-        target = torch.where(valid, target, 0.0).to(score.dtype)
+        is_missing = ~valid
+        score = score.masked_fill(is_missing, 0.0)
+        target = target.masked_fill(is_missing, 0.0).to(score.dtype)
         score, target, valid, share = (_flatten_labels(t) for t in (score, target, valid, share))
         has_loss = valid.sum(1) >= 2
         loss = self.day_losses(score, target, valid, share)

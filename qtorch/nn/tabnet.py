@@ -265,7 +265,9 @@ class _Sparsemax(torch.autograd.Function):
         ctx.save_for_backward(*output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: None) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor | None, _: None) -> Tensor | None:
+        if gradient is None:
+            return None
         projection, size = ctx.saved_tensors
         is_selected = (projection > 0).to(gradient.dtype)
         gradient = gradient * is_selected

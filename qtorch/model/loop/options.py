@@ -137,8 +137,10 @@ class TrainerOptions:
     @property
     def shows_progress_bar(self) -> bool:
         """Whether there is a progress bar: of the user, or by default in a terminal or notebook."""
-        default = sys.stderr.isatty() or is_notebook() or self.has_progress_bar
-        return bool(self.arguments.get("enable_progress_bar", default))
+        is_enabled = self.arguments.get("enable_progress_bar")
+        if is_enabled is None:
+            return sys.stderr.isatty() or is_notebook() or self.has_progress_bar
+        return bool(is_enabled)
 
     def build_strategy(self) -> Any:
         """Return the user's strategy: a name, an object, or None. A configured one is built."""

@@ -31,7 +31,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def cosine_similarities(x: Tensor, y: Tensor) -> Tensor:
     """Return the cosine of each pair: `x [..., N, H]`, `y [..., K, H]` to `[..., N, K]`.
 
-    A zero vector has cosine zero, with zero gradient.
+    A zero vector has cosine zero and a finite gradient.
     """
     return _CosineSimilarities.apply(x, y)[0]  # type: ignore[no-untyped-call]  # untyped in torch
 
@@ -55,7 +55,9 @@ class _CosineSimilarities(torch.autograd.Function):
         ctx.save_for_backward(*inputs, *output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return None, None
         precision = ctx.saved_tensors[3].dtype  # in mixed precision the others may have less
         x, y, cosine, x_length, y_length, product_of_lengths = (
             t.to(precision) for t in ctx.saved_tensors
@@ -101,7 +103,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]  # also takes a mask
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        mean, variance = self.running_mean, self.running_var
+        mean, variance = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
         if self.training:
             weight = mask[..., None].to(x.dtype)
             count = weight.sum()
