@@ -322,8 +322,8 @@ def resolve_inner_steps(
     )
     if inner_steps == "auto":
         is_watched = num_ranks > 1 or options.shows_progress_bar or has_listeners()
-        most = WATCHED_INNER_STEPS if is_watched else DEFAULT_INNER_STEPS
-        return 1 if needs_single_batches else max(1, min(most, num_batches))
+        limit = WATCHED_INNER_STEPS if is_watched else DEFAULT_INNER_STEPS
+        return 1 if needs_single_batches else max(1, min(limit, num_batches))
     if not isinstance(inner_steps, int) or isinstance(inner_steps, bool) or inner_steps < 1:
         raise ConfigError(
             f"inner_steps is {inner_steps!r}; expected 'auto' or an integer of at least 1."
