@@ -135,17 +135,14 @@ class InstrumentMixer(nn.Module):
         count = is_present.sum(1, keepdim=True).clamp(min=1)
         x = (x - (x * is_present).sum(1, keepdim=True) / count) * is_present
         x = x * (x.square().sum(1, keepdim=True) / count + self.norm.eps).rsqrt()
-        # A look-up as of embeddings: its gradient is one operation on a GPU, and always the same.
-        scale, shift, dense2_bias, to_market, from_market = (
-            F.embedding(instrument, weight)  # [G, N, 1 or K]
-            for weight in (
-                self.norm.weight[:, None],
-                self.norm.bias[:, None],
-                self.dense2.bias[:, None],
-                self.dense1.weight.t(),
-                self.dense2.weight,
-            )
-        )
+        # One look-up for all weights, as of embeddings: its gradient is a single operation, whose
+        # result on a GPU is always the same.
+        vectors = [v[:, None] for v in (self.norm.weight, self.norm.bias, self.dense2.bias)]
+        table = torch.cat((*vectors, self.dense1.weight.t(), self.dense2.weight), 1)
+        num_states = self.dense2.in_features
+        scale, shift, dense2_bias, to_market, from_market = torch.split(
+            F.embedding(instrument, table), [1, 1, 1, num_states, num_states], -1
+        )  # [G, N, 1 or K]
         x = torch.addcmul(shift, x, scale)
         states = (x * is_present).transpose(1, 2) @ to_market + self.dense1.bias  # [G, L, K]
         return from_market @ F.hardswish(states).transpose(1, 2) + dense2_bias  # [G, N, L]
