@@ -99,7 +99,7 @@ class IGMTF(Network):
         best, index = similarity.topk(min(self.n_neighbor, similarity.shape[-1]), -1)  # [G, N, n]
         # Divided by `n_neighbor` even if there are fewer neighbors, as in Qlib.
         weight = torch.where(best > NO_NEIGHBOR / 2, best, 0.0) / self.n_neighbor
-        first = torch.arange(len(x), device=x.device)[:, None, None] * candidates.shape[1]
+        first = torch.arange(x.shape[0], device=x.device)[:, None, None] * candidates.shape[1]
         # A look-up as of embeddings: on a GPU the gradient of `gather` depends on chance.
         neighbors = F.embedding(index + first, candidates.flatten(0, 1))  # [G, N, n, H]
         neighbor_state = (weight[..., None] * neighbors).sum(-2)
