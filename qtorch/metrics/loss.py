@@ -95,9 +95,9 @@ class Loss(BaseLoss):
             return self.total(score, target.to(score.dtype)), target.numel()
         valid, weights = valid_and_weight(target, weight, mask)
         # Replace NaN before the loss is computed: a NaN times zero still has a NaN gradient.
-        score = torch.where(valid, score, 0.0)
-        target = torch.where(valid, target, 0.0).to(score.dtype)
-        return (self.elementwise(score, target) * weights).sum(), weights.sum()
+        is_missing = ~valid
+        score, target = (values.masked_fill(is_missing, 0.0) for values in (score, target))
+        return (self.elementwise(score, target.to(score.dtype)) * weights).sum(), weights.sum()
 
 
 class FunctionalLoss(Loss):
@@ -215,8 +215,9 @@ class CrossEntropy(BaseLoss):
             )
         score = in_single_precision(score)
         valid, weights = valid_and_weight(target, weight, mask)
-        score = torch.where(valid[..., None], score, 0.0)
-        bins = torch.bucketize(torch.where(valid, target, 0.0).to(score.dtype), self.edges)
+        is_missing = ~valid
+        score = score.masked_fill(is_missing[..., None], 0.0)
+        bins = torch.bucketize(target.masked_fill(is_missing, 0.0).to(score.dtype), self.edges)
         losses = -score.log_softmax(-1).gather(-1, bins[..., None])[..., 0]
         return (losses * weights).sum(), target.numel() if complete else weights.sum()
 
@@ -297,8 +298,9 @@ class DayLoss(BaseLoss):
                 "batch.order=day (in Python, batch={'order': 'day'})."
             )
         valid, share = valid_and_weight(target, weight, mask)
-        score = torch.where(valid, score, 0.0)
-        target = torch.where(valid, target, 0.0).to(score.dtype)
+        is_missing = ~valid
+        score = score.masked_fill(is_missing, 0.0)
+        target = target.masked_fill(is_missing, 0.0).to(score.dtype)
         score, target, valid, share = (_flatten_labels(t) for t in (score, target, valid, share))
         has_loss = valid.sum(1) >= 2
         loss = self.day_losses(score, target, valid, share)
@@ -411,8 +413,9 @@ LOSSES: dict[str, type[BaseLoss]] = {
 
 
 def mean_from_sums(total: Tensor, weight_sum: Tensor) -> Tensor:
-    """total / weight_sum, or zero if the weights sum to zero."""
-    return total / torch.where(weight_sum == 0, 1.0, weight_sum)
+    """total / weight_sum, or zero if the weights, which are never negative, sum to zero."""
+    is_float = weight_sum.is_floating_point()
+    return total / weight_sum.clamp(min=torch.finfo(weight_sum.dtype).tiny if is_float else 1)
 
 
 def validate_score(score: Tensor, target: Tensor) -> Tensor:

@@ -57,4 +57,5 @@ class Network(nn.Module):
 
     def scores(self, outputs: Tensor) -> Tensor:
         """Return the last layer's outputs `[..., Q]`, without the last axis if Q is one."""
-        return outputs[..., 0] if self.num_outputs == 1 else outputs
+        # Unlike an index, squeeze has a gradient without a kernel.
+        return outputs.squeeze(-1) if self.num_outputs == 1 else outputs

@@ -45,11 +45,25 @@ class LSTMLayers(nn.LSTM):
             zeros = x.new_zeros(self.num_layers, len(x), self.hidden_size)
             states, (h, c) = _run_kernels(self, torch.lstm, x, hx or (zeros, zeros))
             return states, (h, c)
-        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # oneDNN has no half-precision LSTM for many CPUs, and raises an error there.
+        if _lacks_half_precision(x):
             with torch.autocast("cpu", enabled=False):
                 return super().forward(x.float(), hx)
         return super().forward(x, hx)
+
+    def run(self, x: Tensor, hx: LSTMState, weights: list[Tensor]) -> tuple[Tensor, LSTMState]:
+        """Run the layers with other weights, in the order of `all_weights`."""
+        if _lacks_half_precision(x):
+            with torch.autocast("cpu", enabled=False):
+                return self.run(x.float(), hx, weights)
+        states, h, c = torch.lstm(
+            x, hx, weights, True, self.num_layers, self.dropout, self.training, False, True
+        )
+        return states, (h, c)
+
+
+def _lacks_half_precision(x: Tensor) -> bool:
+    """Whether oneDNN would run an LSTM in half precision, which many CPUs do not support."""
+    return x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
 
 
 class GRULayers(nn.GRU):
@@ -74,6 +88,12 @@ class GRULayers(nn.GRU):
         states, (h,) = _run_layers(self, _gru_step, x, (hx,))
         return states, h
 
+    def run(self, x: Tensor, hx: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Run the layers with other weights, in the order of `all_weights`."""
+        return torch.gru(
+            x, hx, weights, True, self.num_layers, self.dropout, self.training, False, True
+        )
+
 
 RNNS: dict[str, type[LSTMLayers] | type[GRULayers]] = {"LSTM": LSTMLayers, "GRU": GRULayers}
 
@@ -85,6 +105,34 @@ def recurrent_layers(
     if kind.upper() not in RNNS:
         raise ValueError(f"unknown recurrent layer {kind!r}; expected one of {', '.join(RNNS)}.")
     return RNNS[kind.upper()](input_size, hidden_size, num_layers, dropout)
+
+
+def split_uses(weight: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Return `count` views of a weight, one for each use of it.
+
+    Their gradients are summed by one operation. Those of a single tensor that is used `count`
+    times are added one by one.
+    """
+    return weight.expand(count, *weight.shape).unbind(0)
+
+
+def run_steps(
+    layers: LSTMLayers | GRULayers, first: Tensor, state: Any, num_steps: int, output: nn.Linear
+) -> Tensor:
+    """Run layers on their own outputs: each step's input is a linear map of the last one's output.
+
+    `first [B, F]` is the input of the first step, `state` the layers' initial state. Returns the
+    mapped outputs `[B, num_steps, F]`.
+    """
+    weights = [*(w for layer in layers.all_weights for w in layer), *output.parameters()]
+    step, steps = first, []
+    for *layer_weights, weight, bias in zip(
+        *(split_uses(w, num_steps) for w in weights), strict=True
+    ):
+        states, state = layers.run(step[:, None], state, layer_weights)
+        step = F.linear(states.flatten(0, 1), weight, bias)
+        steps.append(step)
+    return torch.stack(steps, 1)
 
 
 def _lstm_step(inputs: Tensor, recurrent: Tensor, state: tuple[Tensor, ...]) -> LSTMState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,7 @@ class TabNet(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x [B, F * T]` to scores `[B]` or `[B, Q]`."""
-        return self.scores(self.fc_out(self.encode(x)[0]))
+        return self.scores(self.fc_out(self.encode_and_select(x)[0]))
 
     def encode(self, x: Tensor, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the encoding `[B, out_dim]` of rows `x [B, F]`, and the entropy `[B]` of the
@@ -75,18 +75,26 @@ class TabNet(Network):
 
         `prior [B, F]` scales how strongly each feature may be selected (None: all 1).
         """
+        encoding, selection = self.encode_and_select(x, prior)
+        masks = torch.stack(selection)  # [steps, B, F]
+        return encoding, -(masks * (masks + 1e-10).log()).sum(-1).mean(0)
+
+    def encode_and_select(
+        self, x: Tensor, prior: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the encoding as `encode` does, and the selection mask `[B, F]` of each step."""
         x = self.bn(x)
         prior = torch.ones_like(x) if prior is None else prior
         attention_input = self.first_step(x, self.shared)[:, self.n_d :]
-        parts, entropies = [], []
+        decisions, selections = [], []
         for step in self.steps:
             selection, hidden = step(x, attention_input, prior, self.shared)
             if self.relax is not None:
                 prior = prior * (self.relax - selection)
-            parts.append(F.relu(hidden[:, : self.n_d]))
-            entropies.append(-(selection * (selection + 1e-10).log()).sum(-1))
-            attention_input = hidden[:, self.n_d :]
-        return self.fc(torch.stack(parts).sum(0)), torch.stack(entropies).mean(0)
+            decision, attention_input = hidden.split((self.n_d, hidden.shape[-1] - self.n_d), -1)
+            decisions.append(decision)
+            selections.append(selection)
+        return self.fc(F.relu(torch.stack(decisions)).sum(0)), selections
 
     def decoder(self) -> TabNetDecoder:
         """Return a new decoder for the outputs of `encode`."""
@@ -205,7 +213,18 @@ class GhostNorm(nn.Module):
         num_parts = x.shape[0] // self.vbs if self.training else 1
         if num_parts < 2:
             return self.bn(x)
-        return torch.cat([self.bn(part) for part in x.tensor_split(num_parts)])
+        size, num_larger = divmod(x.shape[0], num_parts)
+        sizes = [size + (k < num_larger) for k in range(num_parts)]
+        bn = self.bn
+        assert bn.num_batches_tracked is not None
+        bn.num_batches_tracked.add_(num_parts)
+        parts = [
+            F.batch_norm(
+                part, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, MOMENTUM, bn.eps
+            )
+            for part in torch.split(x, sizes)
+        ]
+        return torch.cat(parts)
 
 
 def make_shared_layers(in_size: int, width: int, count: int) -> nn.ModuleList:
@@ -221,13 +240,39 @@ def sparsemax(scores: Tensor) -> Tensor:
     Martins and Astudillo, "From Softmax to Sparsemax", ICML 2016.
     """
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    scores = scores - scores.detach().amax(-1, keepdim=True)
-    sorted_scores = scores.sort(-1, descending=True).values
-    surplus = cumulative_sum(sorted_scores) - 1
-    count = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
-    # At least one, also where scores are NaN.
-    size = (count * sorted_scores > surplus).sum(-1, keepdim=True).clamp(min=1)
-    return F.relu(scores - surplus.gather(-1, size - 1) / size)
+    return _Sparsemax.apply(scores)[0]  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+class _Sparsemax(torch.autograd.Function):
+    """The projection with the closed form of its gradient, which needs no gradient of a sort."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(scores: Tensor) -> tuple[Tensor, Tensor]:
+        scores = scores - scores.amax(-1, keepdim=True)
+        sorted_scores = scores.sort(-1, descending=True).values
+        surplus = cumulative_sum(sorted_scores) - 1
+        count = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
+        # At least one, also where scores are NaN.
+        size = (count * sorted_scores > surplus).sum(-1, keepdim=True).clamp(min=1)
+        return F.relu(scores - surplus.gather(-1, size - 1) / size), size
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, _: None) -> Tensor | None:
+        if gradient is None:
+            return None
+        projection, size = ctx.saved_tensors
+        is_selected = (projection > 0).to(gradient.dtype)
+        gradient = gradient * is_selected
+        mean = gradient.sum(-1, keepdim=True) / size
+        return torch.addcmul(gradient, mean, is_selected, value=-1)
 
 
 def cumulative_sum(values: Tensor) -> Tensor:

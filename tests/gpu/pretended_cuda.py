@@ -10,9 +10,10 @@ what the host of a real GPU would wait for:
 - an index by tensors of the CPU.
 
 An operation on tensors of two devices raises, as on a GPU, and so does one in a process that was
-forked from the one that entered the block. cuDNN's recurrent layers are one
-operation forward and one backward, and refuse a backward pass in evaluation mode. Not pretended:
-the numerical errors of CUDA's kernels, streams, and time.
+forked from the one that entered the block. cuDNN's recurrent layers and torch's
+memory-efficient attention are one operation forward and one backward each; the former refuse a
+backward pass in evaluation mode. Not pretended: the numerical errors of CUDA's kernels, streams,
+and time.
 
 This module must be imported before torch.
 """
@@ -34,7 +35,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 COMPILER = "g++"
 SOURCE = Path(__file__).resolve().with_name("cuda_guard.cpp")
@@ -427,12 +428,74 @@ def _index_put(gpu: PretendedCuda, func: Any, args: Any, kwargs: Any) -> Tensor:
     return args[0]
 
 
+class KeptGraphs:
+    """The autograd graphs of the last forward passes, by a tensor that the backward pass gets."""
+
+    MAX_KEPT = 64
+
+    def __init__(self) -> None:
+        self._graphs: dict[int, tuple[Tensor, Any]] = {}  # by the tensor's id
+
+    def keep(self, key: Tensor, graph: Any) -> None:
+        self._graphs[id(key)] = (key, graph)
+        while len(self._graphs) > self.MAX_KEPT:
+            self._graphs.pop(next(iter(self._graphs)))
+
+    def find(self, key: CudaTensor) -> Any:
+        return self._graphs[id(key.content)][1]
+
+
+class Attention:
+    """Memory-efficient attention: one operation forward, one backward.
+
+    Its results have the memory of `[B, L, A, H]`, in which the heads of a step are joined without a
+    copy.
+    """
+
+    _graphs = KeptGraphs()
+
+    @classmethod
+    def forward(cls, gpu: PretendedCuda, func: Any, args: Any, kwargs: Any) -> Any:
+        query, key, value, bias, needs_backward, *options = args
+        dropout, is_causal = (*options, *(0.0, False)[len(options) :])
+        leaves = [get_content(t) for t in (query, key, value)]
+
+        def compute() -> Any:
+            with torch.enable_grad():
+                inputs = [t.detach().clone().requires_grad_(True) for t in leaves]
+                return inputs, cpu_attention(
+                    *inputs, get_content(bias), dropout, is_causal, scale=kwargs.get("scale")
+                )
+
+        inputs, output = gpu.autograd_thread.submit(compute).result()
+        seed = torch.zeros(1)
+        if needs_backward:
+            cls._graphs.keep(seed, (inputs, output))
+        numbers = [CudaTensor(t) for t in (torch.zeros(0), seed, torch.zeros(0))]
+        return (CudaTensor(_join_heads(output.detach())), *numbers)
+
+    @classmethod
+    def backward(cls, gpu: PretendedCuda, func: Any, args: Any, kwargs: Any) -> Any:
+        inputs, output = cls._graphs.find(args[7])
+        gradient = get_content(args[0])
+
+        def compute() -> Any:
+            return torch.autograd.grad(output, inputs, gradient, retain_graph=True)
+
+        gradients = gpu.autograd_thread.submit(compute).result()
+        return (*(CudaTensor(_join_heads(g)) for g in gradients), None)
+
+
+def _join_heads(values: Tensor) -> Tensor:
+    """Return a copy of `[B, A, L, H]` with the memory of `[B, L, A, H]`."""
+    return values.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
 class Cudnn:
     """cuDNN's recurrent layers: one operation forward, one backward."""
 
     LSTM, GRU = 2, 3
-    MAX_KEPT = 64
-    _graphs: ClassVar[dict[int, Any]] = {}  # of forward passes, by the id of their reserved memory
+    _graphs = KeptGraphs()
 
     @classmethod
     def forward(cls, gpu: PretendedCuda, func: Any, args: Any, kwargs: Any) -> Any:
@@ -454,9 +517,7 @@ class Cudnn:
         outputs = outputs if kind == cls.LSTM else (*outputs, torch.zeros(0))
         reserve = torch.zeros(1)
         if train:
-            cls._graphs[id(reserve)] = (reserve, inputs, outputs, kind)
-            while len(cls._graphs) > cls.MAX_KEPT:
-                cls._graphs.pop(next(iter(cls._graphs)))
+            cls._graphs.keep(reserve, (inputs, outputs, kind))
         results = [CudaTensor(o.detach().clone()) for o in outputs]
         return (*results, CudaTensor(reserve), CudaTensor(torch.zeros(0)))
 
@@ -465,7 +526,7 @@ class Cudnn:
         output_gradients, train, reserve, mask = args[7:10], args[16], args[20], args[21]
         if not train:
             raise RuntimeError("cudnn RNN backward can only be called in training mode")
-        _, inputs, outputs, kind = cls._graphs[id(reserve.content)]
+        inputs, outputs, kind = cls._graphs.find(reserve)
         pairs = [
             (output, get_content(gradient))
             for output, gradient in zip(outputs, output_gradients, strict=True)
@@ -501,10 +562,15 @@ OWN_OPERATIONS: dict[str, Callable[[PretendedCuda, Any, Any, Any], Any]] = {
     "_index_put_impl_": _index_put,
     "_cudnn_rnn": Cudnn.forward,
     "_cudnn_rnn_backward": Cudnn.backward,
+    "_scaled_dot_product_efficient_attention": Attention.forward,
+    "_scaled_dot_product_efficient_attention_backward": Attention.backward,
 }
 
 
 # -- what torch says of its devices ----------------------------------------------------------------
+
+
+cpu_attention = torch._C._nn.scaled_dot_product_attention
 
 
 def cpu_layer(kind: int) -> Any:
@@ -564,8 +630,10 @@ def replace_torch_functions(gpu: PretendedCuda) -> list[Callable[[], None]]:
     # A wrapped tensor has no inference mode; without gradients it is the same program.
     replace(torch, "inference_mode", lambda mode=True: torch.no_grad())
     replace(sys.modules["qtorch.data.threads"], "ThreadPoolExecutor", DeviceThreads)
-    replace(torch._VF, "lstm", _recurrent_layer(Cudnn.LSTM))
-    replace(torch._VF, "gru", _recurrent_layer(Cudnn.GRU))
+    replace(nn.functional, "scaled_dot_product_attention", _attention)
+    for owner in (torch, torch._VF):
+        replace(owner, "lstm", _recurrent_layer(Cudnn.LSTM))
+        replace(owner, "gru", _recurrent_layer(Cudnn.GRU))
     return undo
 
 
@@ -632,3 +700,21 @@ def _recurrent_layer(kind: int) -> Any:
         return outputs[:3] if kind == Cudnn.LSTM else outputs[:2]
 
     return layer
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, **options: Any,
+) -> Tensor:  # fmt: skip
+    """Attend by the kernel that CUDA chooses for float32."""
+    if not query.is_cuda:
+        return cpu_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    needs_backward = torch.is_grad_enabled() and query.requires_grad
+    outputs = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, needs_backward, dropout_p, is_causal, **options
+    )
+    return outputs[0]

@@ -102,6 +102,26 @@ def test_every_wait_outside_of_the_steps_is_listed_with_its_reason(report: dict[
     assert waits == listed
 
 
+def test_no_network_adds_in_an_order_that_the_device_chooses(report: dict[str, Any]) -> None:
+    atomic = {"index_add", "index_add_", "scatter_add", "scatter_add_"}
+    sums = {
+        name: sorted(atomic & operations)
+        for name, result in report.items()
+        for operations in [{o for c in result["stages"].values() for o in c["operations"]}]
+    }
+    assert not any(sums.values()), sums
+
+
+def test_the_same_fit_twice_is_bit_identical(tmp_path: Path) -> None:
+    """Also without trainer.deterministic; and a network that adds atomically is found."""
+    path = tmp_path / "differences.json"
+    process = run_program("tests/gpu/same_fit_twice.py", str(path), "sums", "igmtf", "gru")
+    assert process.returncode == 0, process.stderr[-3000:]
+    differences = json.loads(path.read_text())
+    assert all(differences.pop("sums").values())
+    assert not any(d for parts in differences.values() for d in parts.values()), differences
+
+
 GPU_TESTS = [
     "tests/data/dataset/test_samples.py",
     "tests/data/expression/test_evaluation.py",

@@ -95,9 +95,7 @@ def test_inner_steps_give_bit_identical_results_on_gpu(dataset: ToyDataset) -> N
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 def test_steps_do_not_wait_for_the_device(dataset, precision, no_waits_in_steps) -> None:
-    trainer = {**GPU, "precision": precision}
-    if precision == "32-true":  # to clip float16 gradients, Lightning's scaler reads a number
-        trainer["gradient_clip_val"] = 1.0
+    trainer = {**GPU, "precision": precision, "gradient_clip_val": 1.0}
     for batch in ({"size": 64}, DAYS):
         model = fit_model(dataset, LSTM, trainer=trainer, batch=batch)
         assert model.fit_report_["device"].startswith("cuda")

@@ -17,7 +17,14 @@ from qtorch.core.session import set_defaults
 from qtorch.core.trust import StoredText, as_stored_text
 from qtorch.model import BaseModel, LightningModel, Model, ModelFT
 from qtorch.model.loop.callbacks import BatchProgressBar
+from qtorch.model.loop.options import (
+    DEFAULT_INNER_STEPS,
+    WATCHED_INNER_STEPS,
+    resolve_inner_steps,
+    trainer_options,
+)
 from qtorch.nn import LSTM, MLP
+from qtorch.process.heartbeat import listen
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +124,18 @@ def test_errors_suggest_the_nearest_valid_name(dataset: ToyDataset) -> None:
     ):
         with pytest.raises(ConfigError, match=text):
             make_model(**changes).fit(dataset)
+
+
+def test_training_steps_have_fewer_batches_where_progress_is_shown() -> None:
+    numbers = [
+        resolve_inner_steps("auto", trainer_options({"enable_progress_bar": shows}, ()), 1000)
+        for shows in (False, True)
+    ]
+    assert numbers == [DEFAULT_INNER_STEPS, WATCHED_INNER_STEPS]
+    options = trainer_options({"enable_progress_bar": False}, ())
+    assert resolve_inner_steps("auto", options, 1000, num_ranks=2) == WATCHED_INNER_STEPS
+    with listen(lambda stage, details: None):
+        assert resolve_inner_steps("auto", options, 1000) == WATCHED_INNER_STEPS
 
 
 def test_progress_bar_counts_batches(dataset: ToyDataset, monkeypatch) -> None:

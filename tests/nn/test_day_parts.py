@@ -13,8 +13,26 @@ from qtorch.core.errors import ConfigError
 from qtorch.model.network_config import build_network, complete_network_config
 from qtorch.nn import ADD, IGMTF, MASTER
 from qtorch.nn.cross_section.add import reverse_gradient
-from qtorch.nn.cross_section.layers import MaskedBatchNorm
+from qtorch.nn.cross_section.layers import MaskedBatchNorm, cosine_similarities
 from qtorch.nn.cross_section.stockmixer import CausalLinear, InstrumentMixer, StockMixer
+
+
+def test_cosine_similarities_equal_those_of_torch_and_have_their_gradient() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)
+    expected = F.cosine_similarity(x[:, :, None], y[:, None], dim=-1)
+    torch.testing.assert_close(cosine_similarities(x, y), expected, rtol=1e-5, atol=1e-5)
+    x, y = x.requires_grad_(), y.requires_grad_()
+    assert torch.autograd.gradcheck(cosine_similarities, (x, y))
+    assert torch.autograd.gradcheck(lambda v: cosine_similarities(v, v), (x,))
+
+
+def test_a_zero_vector_has_cosine_zero_and_a_finite_gradient() -> None:
+    x, y = torch.zeros(1, 2, 3, requires_grad=True), torch.ones(1, 2, 3)
+    cosine = cosine_similarities(x, y)
+    assert (cosine == 0).all()
+    cosine.sum().backward()
+    assert torch.isfinite(x.grad).all()
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -33,19 +33,19 @@ class DayLabel:
         """Transform `label [G, N, Q]` with `mask [G, N]`; missing or dropped labels are NaN."""
         if mask is not None:
             label = label.masked_fill(~mask[..., None], torch.nan)
+        count = (~label.isnan()).sum(1, keepdim=True)
         if self.drop_extreme:
             # Ranks instead of quantiles: they drop an exact number, even with ties. NaN sorts last.
             rank = label.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-            count = (~label.isnan()).sum(1, keepdim=True)
-            cut = (count * (self.drop_extreme / 2)).floor()
-            label = label.masked_fill((rank < cut) | (rank >= count - cut), torch.nan)
+            cut = (count * (self.drop_extreme / 2)).long()
+            is_extreme = (rank < cut) | (rank >= count - cut)
+            label = label.masked_fill(is_extreme, torch.nan)
+            count = torch.sub(count, cut, alpha=2)
         if self.zscore:
-            has_label = ~label.isnan()
-            count = has_label.sum(1, keepdim=True).clamp_min(1)
-            mean = label.nansum(1, keepdim=True) / count
-            deviation = label - mean
+            count = count.clamp_min(1)
+            deviation = label - label.nansum(1, keepdim=True) / count
             spread = (deviation.square().nansum(1, keepdim=True) / count).sqrt()
-            label = deviation / torch.where(spread > 0, spread, 1.0)
+            label = deviation / spread.masked_fill(spread == 0, 1.0)
         return label
 
 

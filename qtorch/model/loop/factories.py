@@ -104,13 +104,13 @@ def check_optimizer(spec: Spec | None) -> None:
         explain_errors(factory)([nn.Parameter(torch.zeros(1))])
 
 
-def fuse_on_gpu(factory: OptimizerFactory, *, skips_infinite: bool) -> OptimizerFactory:
+def fuse_on_gpu(factory: OptimizerFactory) -> OptimizerFactory:
     """Wrap the factory of an optimizer to update all weights on a GPU by one fused operation.
 
     Only for optimizers of torch that have it, and unless the user has chosen `fused`, `foreach`,
     `capturable` or `differentiable`. The other implementations start several operations each step.
-    `skips_infinite`: the optimizer itself skips a step whose float16 gradients are infinite, so
-    that the GradScaler need not read them; Lightning cannot clip gradients then.
+    A fused optimizer itself skips a step whose float16 gradients are infinite, so that the
+    GradScaler need not read them.
     """
 
     def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -120,7 +120,7 @@ def fuse_on_gpu(factory: OptimizerFactory, *, skips_infinite: bool) -> Optimizer
             for group in groups:
                 group["fused"] = True
             # torch sets this for an optimizer that is built with fused=True.
-            optimizer._step_supports_amp_scaling = skips_infinite  # type: ignore[attr-defined]  # not in the stubs
+            optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # not in the stubs
         return optimizer
 
     return make

@@ -379,6 +379,10 @@ class ScoreModule(pl.LightningModule):
             metrics.update(values)
         # As tensors on the CPU: Lightning would copy numbers to the device and back again.
         tensors = {name: torch.tensor(value) for name, value in member_metrics[0].items()}
+        if self.trainer.progress_bar_callback is None:
+            # `log_dict` ends here as well, but takes as long as a small training step for each.
+            self.trainer.callback_metrics.update(tensors)
+            return
         self.log_dict(tensors, logger=False, prog_bar=True, on_step=False, on_epoch=True)
 
     # -- optimizer and scheduler ---------------------------------------------------------------

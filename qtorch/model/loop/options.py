@@ -41,9 +41,11 @@ from qtorch.model.loop.loggers import RecorderLogger, build_loggers
 from qtorch.model.loop.module import ScoreModule
 from qtorch.model.loop.progress import METRICS, MONITOR_NAMES, find_metric
 from qtorch.model.loop.rank_group import RankEnvironment, RankInfo
+from qtorch.process.heartbeat import has_listeners
 
 DEFAULT_MAX_EPOCHS = 100
-DEFAULT_INNER_STEPS = 16
+DEFAULT_INNER_STEPS = 64
+WATCHED_INNER_STEPS = 16  # where progress is shown, or ranks agree to stop between training steps
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 FORKING_STRATEGIES = ("spawn", "fork", "notebook")
 # A callback with these hooks sees each batch only if a training step has a single batch.
@@ -131,6 +133,14 @@ class TrainerOptions:
     def has_progress_bar(self) -> bool:
         """Whether one of the user's callbacks is a progress bar."""
         return any(isinstance(c, ProgressBar) for c in self.callbacks)
+
+    @property
+    def shows_progress_bar(self) -> bool:
+        """Whether there is a progress bar: of the user, or by default in a terminal or notebook."""
+        is_enabled = self.arguments.get("enable_progress_bar")
+        if is_enabled is None:
+            return sys.stderr.isatty() or is_notebook() or self.has_progress_bar
+        return bool(is_enabled)
 
     def build_strategy(self) -> Any:
         """Return the user's strategy: a name, an object, or None. A configured one is built."""
@@ -297,10 +307,13 @@ def trainer_device(options: TrainerOptions) -> torch.device:
     return resolve_device(device_name(options))
 
 
-def resolve_inner_steps(inner_steps: int | str, options: TrainerOptions, num_batches: int) -> int:
+def resolve_inner_steps(
+    inner_steps: int | str, options: TrainerOptions, num_batches: int, *, num_ranks: int = 1
+) -> int:
     """Return the number of batches per training_step.
 
-    "auto" is 1 if an argument or a callback counts single batches.
+    "auto" is 1 if an argument or a callback counts single batches. Otherwise Lightning's overhead
+    for each training_step, about that of a small batch, becomes negligible.
     """
     needs_single_batches = options.counts_batches or any(
         is_overridden(hook, callback, Callback)
@@ -308,7 +321,9 @@ def resolve_inner_steps(inner_steps: int | str, options: TrainerOptions, num_bat
         for hook in BATCH_HOOKS
     )
     if inner_steps == "auto":
-        return 1 if needs_single_batches else max(1, min(DEFAULT_INNER_STEPS, num_batches))
+        is_watched = num_ranks > 1 or options.shows_progress_bar or has_listeners()
+        limit = WATCHED_INNER_STEPS if is_watched else DEFAULT_INNER_STEPS
+        return 1 if needs_single_batches else max(1, min(limit, num_batches))
     if not isinstance(inner_steps, int) or isinstance(inner_steps, bool) or inner_steps < 1:
         raise ConfigError(
             f"inner_steps is {inner_steps!r}; expected 'auto' or an integer of at least 1."
@@ -412,10 +427,10 @@ def build_trainer(
     arguments: dict[str, Any] = {
         "num_sanity_val_steps": 0,  # a sanity check would draw random numbers before training
         "enable_model_summary": False,
-        "enable_progress_bar": sys.stderr.isatty() or is_notebook() or options.has_progress_bar,
         "log_every_n_steps": 1,
         "default_root_dir": None if root is None else str(root),
         **options.arguments,
+        "enable_progress_bar": options.shows_progress_bar,
         "max_epochs": options.max_epochs,
     }
     arguments |= _device_arguments(options, rank_info)

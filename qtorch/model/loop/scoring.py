@@ -78,6 +78,8 @@ class ForwardAdapter:
         self.flat = getattr(network, "inputs", "window") == "flat"
         self.cross_section = bool(getattr(network, "cross_section", False))
         self.extras: tuple[str, ...] = tuple(getattr(network, "extras", ()))
+        # Looked up once: a small training step is not much slower than a search among modules.
+        self._first_parameter = next(network.parameters(), None)
 
     def __call__(self, batch: Batch, state: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the network's scores of a batch.
@@ -108,9 +110,8 @@ class ForwardAdapter:
         x = network_batch.x
         if self.flat:
             x = x.transpose(-1, -2).flatten(-2)
-        first_parameter = next(self.network.parameters(), None)
-        if first_parameter is not None and x.dtype != first_parameter.dtype:
-            x = x.to(first_parameter.dtype)
+        if self._first_parameter is not None:
+            x = x.to(self._first_parameter.dtype)
         keywords = {name: self._extra_tensor(network_batch, name) for name in self.extras}
         if not self.cross_section:
             return (x,), keywords

@@ -257,10 +257,7 @@ class Training:
         factory, state = group_parameters(self.recipe.optimizer, self.network), self.optimizer_state
         factory = explain_errors(factory)
         if not is_sharding(self.recipe.trainer):
-            options = self.recipe.trainer
-            is_float16 = str(options.arguments.get("precision")).startswith("16")
-            skips_infinite = is_float16 and options.clip_value is None
-            factory = fuse_on_gpu(factory, skips_infinite=skips_infinite)
+            factory = fuse_on_gpu(factory)
         if self.tuning is not None:
             has_groups = isinstance(self.recipe.optimizer, Mapping) and (
                 "groups" in self.recipe.optimizer
@@ -304,7 +301,9 @@ class Training:
         loader = StepLoader(
             source,
             lambda: self.trainer.current_epoch,
-            inner_steps=resolve_inner_steps(self.recipe.inner_steps, options, num_batches),
+            inner_steps=resolve_inner_steps(
+                self.recipe.inner_steps, options, num_batches, num_ranks=self.ranks.size
+            ),
             limit=num_batches,
             cut_every=cut_every,
             yield_batches=self.is_user_module,

@@ -91,7 +91,8 @@ class TabNetModule(ScoreModule):
         x, is_sample = self._rows(batch)
         random_values = torch.rand(x.shape, device=x.device, dtype=x.dtype, generator=generator)
         hidden = (random_values < self.ps) * is_sample
-        encoding, _ = self.require_network(TabNet).encode(x * (1 - hidden), 1 - hidden)
+        network = self.require_network(TabNet)
+        encoding, _ = network.encode_and_select(x * (1 - hidden), 1 - hidden)
         predictions = self.decoder(encoding)
         count = is_sample.sum().clamp(min=1)
         mean = (x * is_sample).sum(0) / count

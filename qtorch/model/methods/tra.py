@@ -133,9 +133,10 @@ class TRAModule(ScoreModule):
             predictions, logits = network.predictions_and_logits(x, **keywords)
         error, has_label = prediction_errors(predictions, flat)
         with torch.no_grad():
-            new_errors = minmax(error)
-            past_errors = minmax(keywords["errors"].mean(1))
-            cost = minmax(self.alpha * new_errors + (1 - self.alpha) * past_errors)
+            new_errors = cost = minmax(error)
+            if self.alpha < 1:
+                past_errors = minmax(keywords["errors"].mean(1))
+                cost = minmax(self.alpha * new_errors + (1 - self.alpha) * past_errors)
             plan = sinkhorn(cost, has_label)
             self.memory.write(flat.date, flat.instrument, new_errors, has_label)
         if self.current_epoch < self.pretrain:
@@ -190,8 +191,9 @@ class ErrorMemory(Gatherable):
 
     def gather(self, date: Tensor, instrument: Tensor) -> Tensor:
         """Return `[..., lookback, K]`, oldest first, for int64 dates and instruments `[...]`."""
-        offsets = torch.arange(1 - self.lookback, 1, device=date.device) - self.horizon
-        return self.values[(date - self.start)[..., None] + offsets, instrument[..., None]]
+        newest = -self.horizon - self.start  # the row of the newest error, less the date
+        offsets = torch.arange(newest - self.lookback + 1, newest + 1, device=date.device)
+        return self.values[date[..., None] + offsets, instrument[..., None]]
 
     def to(self, device: torch.device) -> ErrorMemory:
         memory = object.__new__(ErrorMemory)
@@ -200,8 +202,9 @@ class ErrorMemory(Gatherable):
 
     def write(self, date: Tensor, instrument: Tensor, errors: Tensor, has_label: Tensor) -> None:
         """Store `errors [B, K]` of the samples that have a label, `has_label [B]`."""
-        row = torch.where(has_label, date - self.start, self.end - self.start)
-        self.values[row, instrument] = torch.where(has_label[:, None], errors, 0.0)
+        is_discarded = ~has_label
+        row = (date - self.start).masked_fill(is_discarded, self.end - self.start)
+        self.values[row, instrument] = errors.masked_fill(is_discarded[:, None], 0.0)
 
     def places(self, samples: Samples) -> Places:
         """Return where the errors of samples are stored. Waits for the device.

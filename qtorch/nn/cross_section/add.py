@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from qtorch.nn.cross_section.layers import MaskedBatchNorm
 from qtorch.nn.network import Network
-from qtorch.nn.recurrent import LSTMState, recurrent_layers
+from qtorch.nn.recurrent import LSTMState, recurrent_layers, run_steps
 
 NUM_MARKET_STATES = 3  # down, middle, up
 
@@ -154,13 +154,9 @@ class Decoder(nn.Module):
 
     def forward(self, state: Any, num_steps: int) -> Tensor:
         """Decode the state of B samples to `num_steps` (T) steps `[B, T, F]`, oldest first."""
-        first = state[0] if isinstance(state, tuple) else state
-        step, steps = first.new_zeros(first.shape[1], self.fc.out_features), []
-        for _ in range(num_steps):
-            outputs, state = self.rnn(step[:, None], state)
-            step = self.fc(outputs[:, 0])
-            steps.append(step)
-        return torch.stack(steps, 1)
+        hidden = state[0] if isinstance(state, tuple) else state
+        first = hidden.new_zeros(hidden.shape[1], self.fc.out_features)
+        return run_steps(self.rnn, first, state, num_steps, self.fc)
 
 
 def reverse_gradient(x: Tensor, alpha: float) -> Tensor:

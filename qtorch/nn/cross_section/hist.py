@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from qtorch.nn.cross_section.layers import (
     cosine_similarities,
     exact_similarities,
-    masked_softmax,
     newest_states,
 )
 from qtorch.nn.network import Network
@@ -82,8 +81,8 @@ def _concept_states(state: Tensor, concept: Tensor) -> Tensor:
     `state [G, N, H]`, `concept [G, N, K]` 0 or 1.
     """
     num_members = concept.sum(1, keepdim=True)  # [G, 1, K]
-    share = concept / (num_members * concept + 1)
-    return _attend_to_concepts(state, share.transpose(-1, -2) @ state, num_members > 0)
+    share = concept / (num_members + 1)
+    return _attend_to_concepts(state, share.transpose(-1, -2) @ state, num_members == 0)
 
 
 def _hidden_concept_states(state: Tensor, mask: Tensor) -> Tensor:
@@ -98,17 +97,21 @@ def _hidden_concept_states(state: Tensor, mask: Tensor) -> Tensor:
     similarity = exact_similarities(state, state)
     # An instrument without positive similarity to another joins no concept: the zero on the
     # diagonal is its maximum then, and gives a membership of zero.
-    masked_similarity = similarity.masked_fill(is_self | ~mask[:, None], 0.0)
-    best, concept = masked_similarity.max(-1)  # [G, N]
-    member = (concept[..., None] == index) * (best * mask)[..., None]  # [G, N, N], concepts last
-    has_members = member.sum(1) != 0  # [G, N]
-    member = member + is_self * (similarity * has_members[:, None])
-    return _attend_to_concepts(state, member.transpose(-1, -2) @ state, has_members[:, None])
+    is_pair = mask[:, None] & mask[..., None]  # neither of the two is padding
+    best, concept = similarity.masked_fill(is_self | ~is_pair, 0.0).max(-1)  # [G, N]
+    member = (concept[..., None] == index) * best[..., None]  # [G, N, N], concepts last
+    has_members = member.any(1, keepdim=True)  # [G, 1, N]
+    member = torch.addcmul(member, similarity, (is_self & has_members).to(similarity.dtype))
+    return _attend_to_concepts(state, member.transpose(-1, -2) @ state, ~has_members)
 
 
-def _attend_to_concepts(state: Tensor, concept: Tensor, is_valid: Tensor) -> Tensor:
+def _attend_to_concepts(state: Tensor, concept: Tensor, is_empty: Tensor) -> Tensor:
     """Attend from instruments `state [G, N, H]` to concepts `[G, K, H]` by cosine similarity.
 
-    `is_valid [G, 1, K]` masks concepts out.
+    `is_empty [G, 1, K]` masks concepts out. Their state is zero, and so is the result if all are
+    empty.
     """
-    return masked_softmax(cosine_similarities(state, concept), is_valid).to(concept.dtype) @ concept
+    similarity = cosine_similarities(state, concept)
+    lowest = torch.finfo(similarity.dtype).min
+    share = torch.softmax(similarity.masked_fill(is_empty, lowest), -1)
+    return share.to(concept.dtype) @ concept

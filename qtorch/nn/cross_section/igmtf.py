@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtorch.nn.cross_section.layers import exact_similarities, masked_mean, newest_states
@@ -98,8 +99,9 @@ class IGMTF(Network):
         best, index = similarity.topk(min(self.n_neighbor, similarity.shape[-1]), -1)  # [G, N, n]
         # Divided by `n_neighbor` even if there are fewer neighbors, as in Qlib.
         weight = torch.where(best > NO_NEIGHBOR / 2, best, 0.0) / self.n_neighbor
-        flat_index = index.flatten(1)[..., None].expand(-1, -1, candidates.shape[-1])
-        neighbors = candidates.gather(1, flat_index).unflatten(1, index.shape[1:])  # [G, N, n, H]
+        first = torch.arange(x.shape[0], device=x.device)[:, None, None] * candidates.shape[1]
+        # A look-up as of embeddings: on a GPU the gradient of `gather` depends on chance.
+        neighbors = F.embedding(index + first, candidates.flatten(0, 1))  # [G, N, n, H]
         neighbor_state = (weight[..., None] * neighbors).sum(-2)
         return self.scores(self.fc_out_pred(torch.cat((state, neighbor_state), -1)))
 

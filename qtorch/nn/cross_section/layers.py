@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,11 +31,54 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def cosine_similarities(x: Tensor, y: Tensor) -> Tensor:
     """Return the cosine of each pair: `x [..., N, H]`, `y [..., K, H]` to `[..., N, K]`.
 
-    A zero vector has cosine zero, with zero gradient.
+    A zero vector has cosine zero and a finite gradient.
     """
-    # vector_norm has a finite gradient at zero; the square root of a sum of squares has not.
-    x_length, y_length = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, y))
-    return x @ y.transpose(-1, -2) / (x_length @ y_length.transpose(-1, -2) + 1e-6)
+    return _CosineSimilarities.apply(x, y)[0]  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+class _CosineSimilarities(torch.autograd.Function):
+    """`x y' / (|x| |y|' + 1e-6)`, with a third of the operations that its parts' gradients need."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        x_length, y_length = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, y))
+        product_of_lengths = x_length @ y_length.transpose(-1, -2) + 1e-6
+        cosine = x @ y.transpose(-1, -2) / product_of_lengths
+        return cosine, x_length, y_length, product_of_lengths
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return None, None
+        precision = ctx.saved_tensors[3].dtype  # in mixed precision the others may have less
+        x, y, cosine, x_length, y_length, product_of_lengths = (
+            t.to(precision) for t in ctx.saved_tensors
+        )
+        to_product = gradient.to(precision) / product_of_lengths
+        to_lengths = to_product * cosine  # with the other sign
+        x_gradient = torch.addcmul(
+            to_product @ y, (to_lengths @ y_length) / _positive(x_length), x, value=-1
+        )
+        y_gradient = torch.addcmul(
+            to_product.transpose(-1, -2) @ x,
+            (to_lengths.transpose(-1, -2) @ x_length) / _positive(y_length),
+            y,
+            value=-1,
+        )
+        return x_gradient.to(ctx.saved_tensors[0].dtype), y_gradient.to(ctx.saved_tensors[1].dtype)
+
+
+def _positive(length: Tensor) -> Tensor:
+    """Return the lengths, to divide by: what is divided by a length of zero is zero itself."""
+    return length.clamp(min=torch.finfo(length.dtype).tiny)
 
 
 def exact_similarities(x: Tensor, y: Tensor) -> Tensor:
@@ -58,26 +103,25 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]  # also takes a mask
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        mean, variance = self.running_mean, self.running_var
+        mean, variance = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
         if self.training:
             weight = mask[..., None].to(x.dtype)
             count = weight.sum()
-            is_several = count > 1
+            is_several = (count > 1).to(x.dtype)  # 1 or 0
             batch_mean = (x * weight).sum((0, 1)) / count.clamp(min=1)
             squares = ((x - batch_mean) * weight).square().sum((0, 1))
-            mean = torch.where(is_several, batch_mean, mean)
-            variance = torch.where(is_several, squares / count.clamp(min=1), variance)
+            # torch.lerp instead of `if`: no device synchronization, and compilable.
+            mean = torch.lerp(mean, batch_mean, is_several)
+            variance = torch.lerp(variance, squares / count.clamp(min=1), is_several)
             self._update_running_stats(
-                batch_mean.detach(), (squares / (count - 1)).detach(), is_several
+                batch_mean.detach(), squares.detach() / (count - 1).clamp(min=1), is_several
             )
         return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
 
     @torch.no_grad()
     def _update_running_stats(self, mean: Tensor, variance: Tensor, is_several: Tensor) -> None:
-        """Update the running statistics if the batch has several samples."""
-        # torch.where instead of `if`: no device synchronization, and compilable.
+        """Update the running statistics if `is_several` is 1."""
+        step = self.momentum * is_several
         for running, value in ((self.running_mean, mean), (self.running_var, variance)):
-            running.copy_(
-                torch.where(is_several, running + self.momentum * (value - running), running)
-            )
-        self.num_batches_tracked.add_(is_several)
+            running.addcmul_(value - running, step)
+        self.num_batches_tracked.add_(is_several.to(self.num_batches_tracked.dtype))

@@ -125,10 +125,10 @@ class AttentionBlock(nn.Module):
         `is_allowed [B, L]` bool says which positions may be attended to (None: all).
         """
         x = self.norm1(x)
-        query, key, value = (
-            f(x).unflatten(-1, (self.nhead, -1)).transpose(1, 2)  # [B, A, L, H / A]
-            for f in (self.qtrans, self.ktrans, self.vtrans)
-        )
+        # One product for the three of them.
+        weight = torch.cat([layer.weight for layer in (self.qtrans, self.ktrans, self.vtrans)])
+        heads = F.linear(x, weight).reshape(*x.shape[:2], 3, self.nhead, -1)  # [B, L, 3, A, H / A]
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # [B, A, L, H / A]
         attention = F.scaled_dot_product_attention(
             query,
             key,

@@ -134,9 +134,15 @@ class InstrumentMixer(nn.Module):
         is_present = mask[..., None].to(x.dtype)
         count = is_present.sum(1, keepdim=True).clamp(min=1)
         x = (x - (x * is_present).sum(1, keepdim=True) / count) * is_present
-        x = x / (x.square().sum(1, keepdim=True) / count + self.norm.eps).sqrt()
-        x = x * self.norm.weight[instrument][..., None] + self.norm.bias[instrument][..., None]
-        market_weight = self.dense1.weight.t()[instrument]  # [G, N, K]
-        states = (x * is_present).transpose(1, 2) @ market_weight + self.dense1.bias  # [G, L, K]
-        effect = self.dense2.weight[instrument] @ F.hardswish(states).transpose(1, 2)  # [G, N, L]
-        return effect + self.dense2.bias[instrument][..., None]
+        x = x * (x.square().sum(1, keepdim=True) / count + self.norm.eps).rsqrt()
+        # One look-up for all weights, as of embeddings: its gradient is a single operation, whose
+        # result on a GPU is always the same.
+        vectors = [v[:, None] for v in (self.norm.weight, self.norm.bias, self.dense2.bias)]
+        table = torch.cat((*vectors, self.dense1.weight.t(), self.dense2.weight), 1)
+        num_states = self.dense2.in_features
+        scale, shift, dense2_bias, to_market, from_market = torch.split(
+            F.embedding(instrument, table), [1, 1, 1, num_states, num_states], -1
+        )  # [G, N, 1 or K]
+        x = torch.addcmul(shift, x, scale)
+        states = (x * is_present).transpose(1, 2) @ to_market + self.dense1.bias  # [G, L, K]
+        return from_market @ F.hardswish(states).transpose(1, 2) + dense2_bias  # [G, N, L]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from qtorch.nn.network import Network
+from qtorch.nn.stacked import is_stacked
 
 
 class Mamba(Network):
@@ -87,10 +90,36 @@ class SelectiveSSM(nn.Module):
 
 def scan(decay: Tensor, increment: Tensor) -> Tensor:
     """Return all states `[B, T, E, K]` of state[t] = decay[t] * state[t - 1] + increment[t]."""
-    # The first state is the first increment. unbind's gradient is one operation for all steps.
-    state, *increments = increment.unbind(1)
-    states = [state]
-    for step_decay, step_increment in zip(decay.unbind(1)[1:], increments, strict=True):
-        state = step_decay * state + step_increment
-        states.append(state)
+    dtype = torch.promote_types(decay.dtype, increment.dtype)
+    decay, increment = decay.to(dtype), increment.to(dtype)
+    if not is_stacked():
+        return _Scan.apply(decay, increment)  # type: ignore[no-untyped-call]  # untyped in torch
+    # Functions that write into given memory cannot be batched over members.
+    states = [increment[:, 0]]  # the first state is the first increment
+    for t in range(1, increment.shape[1]):
+        states.append(decay[:, t] * states[-1] + increment[:, t])
     return torch.stack(states, 1)
+
+
+class _Scan(torch.autograd.Function):
+    """The scan with one operation for each step, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, decay: Tensor, increment: Tensor) -> Tensor:
+        states = increment.clone()
+        for t in range(1, increment.shape[1]):
+            states[:, t].addcmul_(decay[:, t], states[:, t - 1])
+        ctx.save_for_backward(decay, states)
+        return states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        decay, states = ctx.saved_tensors
+        # Each state's gradient includes what it adds to later states.
+        gradient = gradient.clone()
+        for t in reversed(range(1, gradient.shape[1])):
+            gradient[:, t - 1].addcmul_(decay[:, t], gradient[:, t])
+        decay_gradient = torch.zeros_like(decay)
+        torch.mul(gradient[:, 1:], states[:, :-1], out=decay_gradient[:, 1:])
+        return decay_gradient, gradient

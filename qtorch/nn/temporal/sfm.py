@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtorch.nn.network import Network
+from qtorch.nn.recurrent import split_uses
 
 
 class SFM(Network):
@@ -70,34 +71,47 @@ class SFM(Network):
     def forward(self, x: Tensor) -> Tensor:
         """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
         hidden, frequencies = self._part_sizes[0], self._part_sizes[-1]
+        steps = x.shape[1]
         # Input part of all gates for all steps, [B, T, 4H + K].
-        inputs = self.gates(x * _dropout_mask(x[:, :1], self.dropout_W, self.training))
+        x = x * _dropout_mask(x[:, :1], self.dropout_W, self.training)
+        inputs = F.linear(x, *map(self._move_candidate, (self.gates.weight, self.gates.bias)))
         count = x.shape[0]  # torch.export would treat len(x) as a constant
         state = inputs.new_zeros(count, hidden)  # [B, H]
         state_mask = _dropout_mask(state, self.dropout_U, self.training)
         # Real and imaginary parts in one tensor: half as many operations.
-        memory = inputs.new_zeros(2, count, hidden, frequencies)  # [2, B, H, K]
-        # unbind's gradient is one operation for all steps.
-        for step_inputs, wave in zip(inputs.unbind(1), self._waves(x.shape[1]), strict=True):
+        memory = inputs.new_zeros(count, hidden, 2, frequencies)  # [B, H, 2, K]
+        amplitude = self.amplitude.repeat(2, 1)  # of both parts, [2 * K, 1]
+        for step_inputs, wave, recur, step_amplitude, bias in zip(
+            inputs.unbind(1),  # whose gradient is one operation for all steps
+            self._waves(steps),
+            split_uses(self._move_candidate(self.recur.weight).t(), steps),
+            split_uses(amplitude, steps),
+            split_uses(self.amplitude_bias, steps),
+            strict=True,
+        ):
             masked_state = state if self.dropout_U == 0 else state * state_mask
-            parts = step_inputs + self.recur(masked_state)  # [B, 4H + K]
-            gates = F.hardsigmoid(parts)  # that of the candidate is not used
-            i, state_gate, _, o, frequency_gate = torch.split(gates, self._part_sizes, -1)
-            candidate = torch.tanh(parts[:, 2 * hidden : 3 * hidden])
-            forget = state_gate[:, :, None] * frequency_gate[:, None]
-            memory = forget * memory + (i * candidate)[:, :, None] * wave
-            real_power, imaginary_power = memory.square().unbind(0)
-            power = real_power + imaginary_power
-            spectrum = (power @ self.amplitude)[..., 0] + self.amplitude_bias  # [B, H]
-            state = o * torch.tanh(spectrum)
+            parts = torch.addmm(step_inputs, masked_state, recur)  # [B, 4H + K]
+            parts, candidate = torch.split(parts, [3 * hidden + frequencies, hidden], -1)
+            i, state_gate, o, frequency_gate = torch.split(
+                F.hardsigmoid(parts), [hidden, hidden, hidden, frequencies], -1
+            )
+            candidate = i * torch.tanh(candidate)
+            forget = state_gate[:, :, None] * frequency_gate[:, None]  # [B, H, K]
+            memory = torch.addcmul(forget[:, :, None] * memory, candidate[..., None, None], wave)
+            power = memory.square().flatten(2) @ step_amplitude  # [B, H, 1]
+            state = o * torch.tanh(power.squeeze(-1) + bias)
         return self.scores(self.fc_out(self.project(state)))
 
+    def _move_candidate(self, values: Tensor) -> Tensor:
+        """Return the weights or biases `[4H + K, ...]` of all parts with the candidate's last."""
+        i, state_gate, candidate, o, frequency_gate = torch.split(values, self._part_sizes)
+        return torch.cat((i, state_gate, o, frequency_gate, candidate))
+
     def _waves(self, num_steps: int) -> Iterable[Tensor]:
-        """Return cosine and sine of each step and frequency, `[2, 1, 1, K]` for each step."""
+        """Return cosine and sine of each step and frequency, `[2, K]` for each step."""
         steps = torch.arange(1, num_steps + 1, dtype=torch.float64, device=self.waves.device)
         angles = (2 * math.pi * steps).to(self.waves.dtype)[:, None] * self.waves  # [T, K]
-        waves = torch.stack((torch.cos(angles), torch.sin(angles)), 1)
-        return waves[:, :, None, None].unbind(0)
+        return torch.stack((torch.cos(angles), torch.sin(angles)), 1).unbind(0)
 
 
 def _dropout_mask(reference: Tensor, p: float, training: bool) -> Tensor:

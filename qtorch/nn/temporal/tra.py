@@ -173,7 +173,7 @@ def sinkhorn(cost: Tensor, is_sample: Tensor, num_iters: int = 3, epsilon: float
     `epsilon`.
     """
     tiny = torch.finfo(cost.dtype).tiny
-    plan = torch.exp(-cost / epsilon) * is_sample[:, None]
+    plan = torch.exp(cost / -epsilon) * is_sample[:, None]
     for _ in range(num_iters):
         plan = plan / plan.sum(0, keepdim=True).clamp(min=tiny)
         plan = plan / plan.sum(1, keepdim=True).clamp(min=tiny)
