@@ -24,7 +24,7 @@ def average_ranks(sorted_values: Tensor) -> Tensor:
     is_start = torch.ones((d, n), dtype=torch.bool, device=sorted_values.device)
     torch.ne(sorted_values[:, 1:], sorted_values[:, :-1], out=is_start[:, 1:])
     starts = is_start.flatten().nonzero()[:, 0]
-    lengths = torch.diff(starts, append=starts.new_tensor([d * n]))
+    lengths = torch.diff(starts, append=starts.new_full((1,), d * n))
     ranks = (starts % n).double() + (lengths + 1) / 2
     return ranks.repeat_interleave(lengths, output_size=d * n).reshape(d, n)
 
@@ -37,7 +37,7 @@ def run_bounds(is_change: Tensor) -> tuple[Tensor, Tensor]:
     d, n = is_change.shape[0], is_change.shape[1] + 1
     is_start = torch.cat([is_change.new_ones(d, 1), is_change], 1)
     starts = is_start.flatten().nonzero()[:, 0]
-    lengths = torch.diff(starts, append=starts.new_tensor([d * n]))
+    lengths = torch.diff(starts, append=starts.new_full((1,), d * n))
     first = starts % n
     bounds = torch.stack([first, first + lengths - 1])
     first, last = bounds.repeat_interleave(lengths, dim=1, output_size=d * n).reshape(2, d, n)
