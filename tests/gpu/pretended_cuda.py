@@ -567,6 +567,7 @@ def replace_torch_functions(gpu: PretendedCuda) -> list[Callable[[], None]]:
         "max_memory_allocated": lambda device=None: num_device_bytes(),
         "reset_peak_memory_stats": lambda device=None: None,
         "memory_allocated": lambda device=None: num_device_bytes(),
+        "memory_reserved": lambda device=None: num_device_bytes(),
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: gpu.count_wait("torch.cuda.synchronize"),
         "set_sync_debug_mode": lambda mode: setattr(gpu, "waits_raise", mode in ("error", 2)),

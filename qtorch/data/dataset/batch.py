@@ -10,17 +10,6 @@ import torch
 from torch import Tensor
 
 
-def send_to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on `device`.
-
-    A copy to a GPU is made while this process goes on: the tensor is pinned first, because the
-    driver waits for memory that is not.
-    """
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 @dataclass(kw_only=True)
 class Batch:
     """The samples of one step; day batches have `[G, N, ...]` in place of `[B, ...]`.

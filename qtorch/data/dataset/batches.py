@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import ConfigError, unknown_name_message
-from qtorch.data.dataset.batch import Batch, send_to_device
+from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
+from qtorch.data.transfer import send_to_device
 
 Order = Literal["random", "sequential", "day", "day_sequential"]
 ORDERS: tuple[str, ...] = get_args(Order)

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from qtorch.core.dates import as_stamp, last_instant
 from qtorch.core.errors import ConfigError, DataError, format_count, unknown_name_message
-from qtorch.data.dataset.batch import Batch, send_to_device
+from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.extras import Extra, Gatherable
 from qtorch.data.dataset.reweighter import Reweighter, validate_weights
+from qtorch.data.device_memory import free_bytes
 from qtorch.data.panel.columns import COLUMNS_AT_ONCE, Columns, PanelColumns, column_parts
 from qtorch.data.panel.gather import PackedColumns, check_fill
 from qtorch.data.panel.infinite import check_processed_columns
 from qtorch.data.panel.panel import coverage_dates, multi_index
 from qtorch.data.panel.view import View
+from qtorch.data.transfer import send_to_device
 
 log = logging.getLogger(__name__)
 
@@ -627,8 +629,3 @@ class SampleTable:
 
 def _single(values: Tensor) -> bool:
     return values.dim() == 2 and values.shape[1] == 1
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Return a GPU's free memory; None for the CPU, where the features are stored anyway."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

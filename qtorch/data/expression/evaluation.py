@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import DataError, ExpressionError
+from qtorch.data.device_memory import free_bytes
 from qtorch.data.expression import accumulation, elementwise, history, quantile, rolling
 from qtorch.data.expression.cross_section import check_result, compute_day_step
 from qtorch.data.expression.executor import Executor, Kernel
@@ -234,7 +235,8 @@ class _DeviceEvaluation(_Evaluation):
 
     def block_width(self) -> int:
         """Return how many instruments fit into the free memory at once."""
-        free = torch.cuda.mem_get_info(self.bars.device)[0]
+        free = free_bytes(self.bars.device)
+        assert free is not None, "a GPU"
         num_planes = MIN_PLANES + PLANES_PER_STEP * len(self.plan.steps)
         num_planes += PLANES_PER_OUTPUT * self.plan.num_outputs
         column_bytes = 4 * num_planes * len(self.bars.calendar)
