@@ -431,7 +431,7 @@ def _to_copy(gpu: PretendedCuda, func: Any, args: Any, kwargs: Any) -> Tensor:
     stream, source = gpu.current_stream, args[0]
     if is_on_cuda and non_blocking and not stream.is_default:
         late = poison(func(source, **kwargs))
-        stream.copies.append(lambda: late.copy_(source) and None)
+        stream.copies.append(functools.partial(late.copy_, source))
         return CudaTensor(late)
     result = func(get_content(source), **kwargs)
     return CudaTensor(result) if is_on_cuda else result

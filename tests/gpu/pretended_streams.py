@@ -21,7 +21,7 @@ class PretendedStream:
 
     def __init__(self, device: Any, *, is_default: bool = False) -> None:
         self.device, self.is_default = device, is_default
-        self.copies: list[Callable[[], None]] = []  # those that have not happened yet
+        self.copies: list[Callable[[], object]] = []  # those that have not happened yet
         self.seen: dict[PretendedStream, int] = {}  # by stream: the last operation waited for
 
     def wait_event(self, event: PretendedEvent) -> None:
@@ -51,7 +51,7 @@ class PretendedEvent:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stream: PretendedStream | None = None
         self.operation = 0
-        self._copies: list[Callable[[], None]] = []
+        self._copies: list[Callable[[], object]] = []
 
     def record(self, stream: PretendedStream | None = None) -> None:
         assert stream is not None, "name the stream"

@@ -117,6 +117,7 @@ def test_features_start_few_kernels_and_wait_only_for_their_copy() -> None:
 
 
 GPU_TESTS = [
+    "tests/data/dataset/test_batches.py",
     "tests/data/dataset/test_samples.py",
     "tests/data/expression/test_evaluation.py",
     "tests/data/handler/test_feature_device.py",

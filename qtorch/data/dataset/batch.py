@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -51,6 +51,17 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory, from which a copy to the GPU does not block."""
         return self._map_tensors(lambda t: t.pin_memory())
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors of the batch, in an order of their own."""
+        tensors: list[Tensor] = []
+        self._map_tensors(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return tensors
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:
+        """Return the batch with other tensors, in the order of `tensors`."""
+        remaining = iter(tensors)
+        return self._map_tensors(lambda _: next(remaining))
 
     def flatten(self) -> Batch:
         """Flatten a day batch to `[G * N, ...]`, including padding; others are unchanged."""
