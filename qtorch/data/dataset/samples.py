@@ -48,7 +48,8 @@ class Samples:
     `storage_index`: (date row, instrument column) of each sample's window in the packed features,
     if they differ from `date` and `instrument`. `notes`: counts for logs and summaries, e.g. of
     purged samples. `extras`: named tensors that each batch has in its `extra`. `horizon`: calendar
-    rows that the labels look ahead, None if it is unknown or was not needed.
+    rows that the labels look ahead, None if it is unknown or was not needed. `feature_dtype`: the
+    dtype of packed features; batches are float32.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Samples:
         notes: Mapping[str, int] | None = None,
         extras: Mapping[str, Gatherable] | None = None,
         horizon: int | None = None,
+        feature_dtype: torch.dtype = torch.float32,
     ) -> None:
         check_fill(fill)
         if step_len < 1:
@@ -81,6 +83,7 @@ class Samples:
         self.target, self.raw_label, self.weight = target, raw_label, weight
         self.history = history
         self.step_len, self.fill = step_len, fill
+        self.feature_dtype = feature_dtype
         self.notes = dict(notes or {})
         self.extras = dict(extras or {})
         self.horizon = horizon
@@ -356,10 +359,14 @@ class Samples:
         if self._feature_pack is not None:
             return self._feature_pack
         assert self._columns is not None
-        feature_pack = self._columns.pack(device, history=self.history, step_len=self.step_len)
+        feature_pack = self._columns.pack(
+            device, history=self.history, step_len=self.step_len, dtype=self.feature_dtype
+        )
         if not feature_pack.is_checked:
             infinite = feature_pack.infinite_columns().tolist()
-            check_processed_columns(self._columns.names, infinite, "features")
+            check_processed_columns(
+                self._columns.names, infinite, "features", limit=_largest(self.feature_dtype)
+            )
             feature_pack.is_checked = True
         self._feature_pack = feature_pack
         return feature_pack
@@ -373,7 +380,7 @@ class Samples:
         if self._feature_pack is not None:
             return self._feature_pack.num_bytes
         assert self._columns is not None
-        return self._columns.num_bytes
+        return self._columns.num_bytes * self.feature_dtype.itemsize // torch.float32.itemsize
 
     def _too_large(self, device: torch.device) -> bool:
         """Whether the features do not fit; features already on the device need no more room."""
@@ -383,7 +390,7 @@ class Samples:
         if free is None or self._num_bytes() + CELL_BYTES * num_cells <= DEVICE_SHARE * free:
             return False
         if self._columns is not None:
-            return self._columns.find_shared_pack(device, self.history) is None
+            return self._columns.find_shared_pack(device, self.history, self.feature_dtype) is None
         return self.feature_pack.device != device
 
     @property
@@ -436,6 +443,7 @@ def build_samples(
     later_starts: Iterable[Any] = (),
     learn: bool = False,
     extras: Mapping[str, Extra] | None = None,
+    feature_dtype: torch.dtype = torch.float32,
 ) -> Samples:
     """Build the samples of a view between two dates, both inclusive.
 
@@ -479,6 +487,7 @@ def build_samples(
         notes=notes,
         extras={k: e.bind(view.calendar, view.instruments) for k, e in (extras or {}).items()},
         horizon=horizon or None,
+        feature_dtype=feature_dtype,
     )
 
 
@@ -625,6 +634,11 @@ class SampleTable:
             f.unsqueeze(1) if f is not None and v is not None and _single(v) else f
             for f, v in zip(vectors, self._values, strict=True)
         ]
+
+
+def _largest(dtype: torch.dtype) -> float | None:
+    """Return the largest number of a dtype that features may exceed; None for the others."""
+    return torch.finfo(dtype).max if dtype == torch.float16 else None
 
 
 def _single(values: Tensor) -> bool:
