@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 
 from qtorch.core.errors import ConfigError
+from qtorch.core.runtime import gpu_share_variables
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 CPU = "cpu"
@@ -44,9 +45,19 @@ def assign_gpus(names: Sequence[str], count: int, position: int) -> str:
     return ",".join(names[(position * count + k) % len(names)] for k in range(count))
 
 
-def device_environment(name: str) -> dict[str, str]:
-    """Return the environment variables that restrict a process to this device."""
-    return {VISIBLE_DEVICES: "" if name == CPU else name}
+def jobs_per_gpu(num_jobs: int, num_gpus: int, num_visible: int) -> int:
+    """Return how many of the jobs that run at once, with `num_gpus` each, share a GPU at most."""
+    return -(-num_jobs * num_gpus // num_visible) if num_visible else 1
+
+
+def device_environment(name: str, num_processes: int = 1) -> dict[str, str]:
+    """Return the environment variables that restrict a process to this device.
+
+    `num_processes` share its memory.
+    """
+    if name == CPU:
+        return {VISIBLE_DEVICES: ""}
+    return {VISIBLE_DEVICES: name, **gpu_share_variables(num_processes)}
 
 
 def visible_gpus() -> list[str]:

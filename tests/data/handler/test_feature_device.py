@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from qtorch.core.errors import ConfigError
+from qtorch.core.runtime import gpu_share
 from qtorch.data import Alpha158, DataHandlerLP, SyntheticSource
-from qtorch.data.device_memory import free_bytes, gpu_share
+from qtorch.data.device_memory import free_bytes
 from qtorch.data.handler.feature_cache import FeatureCache
 from qtorch.data.handler.feature_device import current_feature_device, use_feature_device
 
