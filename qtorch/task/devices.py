@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from itertools import takewhile
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.runtime import gpu_share_variables
@@ -14,6 +15,7 @@ from qtorch.core.runtime import gpu_share_variables
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 CPU = "cpu"
 NVIDIA_SMI_SECONDS = 20.0
+_GPU_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")
 
 
 def device_names(devices: str | None = None) -> list[str]:
@@ -63,11 +65,13 @@ def device_environment(name: str, num_processes: int = 1) -> dict[str, str]:
 def visible_gpus() -> list[str]:
     """List the GPUs that this process may use, from CUDA_VISIBLE_DEVICES or nvidia-smi.
 
-    A GPU that is divided (MIG) stands for its parts, by their UUIDs: CUDA ignores its number.
+    A GPU that is divided (MIG) stands for its parts, by their UUIDs: CUDA ignores its number. An
+    invalid name in the variable (-1, or SLURM's NoDevFiles) hides itself and those after it.
     """
     variable = os.environ.get(VISIBLE_DEVICES)
     if variable is not None:
-        return [name.strip() for name in variable.split(",") if name.strip() not in ("", "-1")]
+        names = (name.strip() for name in variable.split(","))
+        return list(takewhile(_GPU_NAME.fullmatch, names))
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []

@@ -42,8 +42,11 @@ def test_automatic_detection_of_devices(gpus, monkeypatch):
     assert device_names() == ["cpu"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-1a")
     assert device_names() == ["4", "GPU-1a"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert device_names() == ["cpu"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1f0,MIG-GPU-5c8/1/0, GPU-1a,-1,2")
+    assert device_names() == ["MIG-1f0", "MIG-GPU-5c8/1/0", "GPU-1a"]
+    for nothing in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
+        assert device_names() == ["cpu"]
 
 
 def test_explicit_list_of_devices():
