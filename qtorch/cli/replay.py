@@ -79,5 +79,5 @@ def _print_result(result: Replay) -> None:
     for note in result.unknown:
         console.print(f"note: {note}")
     console.print(f"guarantee: {result.guarantee.kind} ({result.guarantee.reason})")
-    verdict = VERDICT_TEXTS[result.held]
+    verdict = VERDICT_TEXTS[result.strongest_guarantee]
     console.print(f"run {result.run.id} repeats {result.original.id}: {verdict}")

@@ -92,7 +92,7 @@ class Replay:
         return bool(verdicts) and all(verdicts)
 
     @property
-    def held(self) -> str:
+    def strongest_guarantee(self) -> str:
         """The strongest guarantee that the results keep: bit-equal, tolerance or none."""
         if self.equal:
             return BIT_EQUAL
@@ -103,7 +103,9 @@ class Replay:
     @property
     def is_kept(self) -> bool:
         """Whether the results are equal, or as close as the environments allow."""
-        return self.equal or (self.guarantee.kind == TOLERANCE and self.held == TOLERANCE)
+        return self.equal or (
+            self.guarantee.kind == TOLERANCE and self.strongest_guarantee == TOLERANCE
+        )
 
 
 def replay_run(run_id: str, *, experiment_name: str | None = None) -> Replay:
@@ -140,7 +142,12 @@ def replay_run(run_id: str, *, experiment_name: str | None = None) -> Replay:
         differences.append(Difference("pruned by its search", pruning_note, "no"))
     guarantee = find_guarantee(environment, differences, unknown)
     replay = Replay(original, run, checks, differences, unknown, guarantee)
-    run.set_tags(**{REPLAY_EQUAL_TAG: str(replay.equal).lower(), REPLAY_GUARANTEE_TAG: replay.held})
+    run.set_tags(
+        **{
+            REPLAY_EQUAL_TAG: str(replay.equal).lower(),
+            REPLAY_GUARANTEE_TAG: replay.strongest_guarantee,
+        }
+    )
     return replay
 
 

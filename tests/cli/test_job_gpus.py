@@ -15,7 +15,8 @@ OTHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch):
-    monkeypatch.setattr(gpus, "_environment", None)
+    monkeypatch.setenv(gpus.PROCESS_VARIABLE, "0")
+    monkeypatch.delenv(gpus.PROCESS_VARIABLE)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-1a")
     monkeypatch.delenv("QTORCH_GPU_SHARE", raising=False)
 
@@ -46,11 +47,9 @@ def test_jobs_that_name_their_devices_keep_all_gpus(devices):
 def test_others_keep_all_gpus(monkeypatch):
     assert environment(0, launcher=OTHER) == {}
     assert environment(0, accelerator="cpu") == {}
-    gpus._environment = None
     assert environment(0, devices=2) == {
         "CUDA_VISIBLE_DEVICES": "5,GPU-1a",
         "QTORCH_GPU_SHARE": "0.5",
     }
-    gpus._environment = None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert environment(0) == {}

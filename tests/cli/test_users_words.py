@@ -139,7 +139,7 @@ def test_tables_of_tasks(screen, tmp_path, capsys):
 def test_result_of_a_replay(screen):
     run, original = SimpleNamespace(id=nasty(0)), SimpleNamespace(id=nasty(1))
     result = SimpleNamespace(
-        run=run, original=original, equal=False, held="none", unknown=[nasty(2)],
+        run=run, original=original, equal=False, strongest_guarantee="none", unknown=[nasty(2)],
         guarantee=Guarantee("tolerance", nasty(8)),
         checks=[ResultCheck(nasty(3), equal, nasty(4)) for equal in (True, False, None)],
         differences=[Difference(nasty(5), nasty(6), nasty(7))],

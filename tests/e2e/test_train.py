@@ -123,8 +123,8 @@ def test_joblib_runs_jobs_in_parallel(train, runs, folder, monkeypatch):
         "trainer.accelerator=auto",
     )
     assert result.code == 1
-    seen = {file.read_text() for file in folder.glob("seen-*")}
-    assert seen == {"5", "7"}  # each process has its own GPU
+    visible_gpus = {file.read_text() for file in folder.glob("seen-*")}
+    assert visible_gpus == {"5", "7"}  # each process has its own GPU
     jobs = [r for r in runs() if "qtorch.sweep" not in r.list_tags()]
     assert sorted(r.status for r in jobs) == ["FAILED"] * 2 + ["FINISHED"] * 2
     assert len([line for line in result.out.splitlines() if "FINISHED" in line]) == 2

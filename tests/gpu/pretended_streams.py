@@ -22,13 +22,15 @@ class PretendedStream:
     def __init__(self, device: Any, *, is_default: bool = False) -> None:
         self.device, self.is_default = device, is_default
         self.copies: list[Callable[[], object]] = []  # those that have not happened yet
-        self.seen: dict[PretendedStream, int] = {}  # by stream: the last operation waited for
+        self.last_operations: dict[PretendedStream, int] = {}  # waited for, by stream
 
     def wait_event(self, event: PretendedEvent) -> None:
         if event.stream is None:
             return  # CUDA takes an event that was not recorded for one that has happened
         event.happen()
-        self.seen[event.stream] = max(self.seen.get(event.stream, 0), event.operation)
+        self.last_operations[event.stream] = max(
+            self.last_operations.get(event.stream, 0), event.operation
+        )
 
     def wait_stream(self, stream: PretendedStream) -> None:
         event = PretendedEvent()
@@ -84,7 +86,7 @@ class StreamOrder:
         """Raise if `stream` has not waited for what another stream has written to `tensors`."""
         for tensor in tensors:
             writer, operation = self._writers.get(address(tensor), (stream, 0))
-            if writer is not stream and stream.seen.get(writer, 0) < operation:
+            if writer is not stream and stream.last_operations.get(writer, 0) < operation:
                 raise RuntimeError("a stream uses memory that another one may not have written")
 
     def write(self, tensors: list[Tensor], stream: PretendedStream, operation: int) -> None:

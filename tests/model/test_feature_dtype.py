@@ -26,7 +26,7 @@ class RoundedDataset(ToyDataset):
         return samples
 
 
-def rounded(dtype: torch.dtype) -> RoundedDataset:
+def make_dataset(dtype: torch.dtype) -> RoundedDataset:
     dataset = RoundedDataset(num_days=150)
     dataset.feature_dtype = dtype
     return dataset
@@ -36,24 +36,24 @@ def rounded(dtype: torch.dtype) -> RoundedDataset:
 def test_ic_moves_by_less_than_a_thousandth(name: str) -> None:
     """Whether only the prediction or the training too has 16 bits."""
     dtype = getattr(torch, name)
-    label = rounded(torch.float32).samples("test").frame(["raw_label"])["raw_label"].iloc[:, 0]
+    label = make_dataset(torch.float32).samples("test").frame(["raw_label"])["raw_label"].iloc[:, 0]
 
     def mean_ic(scores: Any) -> float:
         return float(calc_ic(scores, label)[0].mean())
 
-    full = fit_model(rounded(torch.float32), LSTM, epochs=3)
-    expected = mean_ic(full.predict(rounded(torch.float32)))
+    full = fit_model(make_dataset(torch.float32), LSTM, epochs=3)
+    expected = mean_ic(full.predict(make_dataset(torch.float32)))
     assert expected > 0.3
-    assert mean_ic(full.predict(rounded(dtype))) == pytest.approx(expected, abs=1e-3)
-    half = fit_model(rounded(dtype), LSTM, epochs=3)
-    assert mean_ic(half.predict(rounded(dtype))) == pytest.approx(expected, abs=1e-3)
+    assert mean_ic(full.predict(make_dataset(dtype))) == pytest.approx(expected, abs=1e-3)
+    half = fit_model(make_dataset(dtype), LSTM, epochs=3)
+    assert mean_ic(half.predict(make_dataset(dtype))) == pytest.approx(expected, abs=1e-3)
     assert half.fit_report_["feature_dtype"] == name
     sizes = [model.fit_report_["memory"]["features"] for model in (full, half)]
     assert sizes[1] < 0.6 * sizes[0]
 
 
 def test_ranks_read_16_bit_features(tmp_path: Path) -> None:
-    samples = rounded(torch.bfloat16).samples("train")
+    samples = make_dataset(torch.bfloat16).samples("train")
     write_samples([samples], tmp_path)
     (copy,) = read_samples(tmp_path)
     assert copy is not None

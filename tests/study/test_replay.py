@@ -75,7 +75,7 @@ def test_guarantee_of_an_environment(environment, changed, kind, reason):
 
 
 @pytest.mark.parametrize(
-    ("checks", "held"),
+    ("checks", "strongest"),
     [
         ([(True, False), (None, False)], "bit-equal"),
         ([(True, False), (False, True)], "tolerance"),
@@ -83,12 +83,12 @@ def test_guarantee_of_an_environment(environment, changed, kind, reason):
         ([(None, False)], "none"),
     ],
 )
-def test_guarantee_that_held(checks, held):
+def test_strongest_guarantee_that_results_keep(checks, strongest):
     results = [ResultCheck("weights", equal, "", is_close) for equal, is_close in checks]
     for kind in ("bit-equal", "tolerance", "none"):
         replay = Replay(None, None, results, [], [], Guarantee(kind, ""))
-        assert replay.held == held
-        assert replay.is_kept == (held == "bit-equal" or held == kind == "tolerance")
+        assert replay.strongest_guarantee == strongest
+        assert replay.is_kept == (strongest == "bit-equal" or strongest == kind == "tolerance")
 
 
 def test_scores_that_differ_by_less_than_a_hundredth_of_their_spread_are_close(store):
@@ -134,7 +134,7 @@ def test_replay_of_unchanged_run_is_equal(make_run):
     assert replay.equal
     assert [n.equal for n in replay.checks] == [True, True, True]
     assert replay.differences == []
-    assert replay.guarantee.kind == replay.held == "bit-equal"
+    assert replay.guarantee.kind == replay.strongest_guarantee == "bit-equal"
     assert replay.run.list_tags()["replay.guarantee"] == "bit-equal"
     assert replay.run.list_tags()[REPLAY_OF_TAG] == run.id
     assert replay.run.experiment_id == run.experiment_id
@@ -168,7 +168,11 @@ def test_run_without_environment_is_replayed_with_note(make_run, monkeypatch):
     replay = replay_run(run.id)
     assert replay.equal
     assert "no record of its environment" in replay.unknown[0]
-    assert (replay.guarantee.kind, replay.held, replay.is_kept) == ("none", "bit-equal", True)
+    assert (replay.guarantee.kind, replay.strongest_guarantee, replay.is_kept) == (
+        "none",
+        "bit-equal",
+        True,
+    )
 
 
 NETWORK_SOURCE = """

@@ -44,8 +44,8 @@ def test_automatic_detection_of_devices(gpus, monkeypatch):
     assert device_names() == ["4", "GPU-1a"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1f0,MIG-GPU-5c8/1/0, GPU-1a,-1,2")
     assert device_names() == ["MIG-1f0", "MIG-GPU-5c8/1/0", "GPU-1a"]
-    for nothing in ("", "-1", "NoDevFiles"):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
+    for no_gpus in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", no_gpus)
         assert device_names() == ["cpu"]
 
 

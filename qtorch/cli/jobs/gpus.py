@@ -11,9 +11,9 @@ from qtorch.core.runtime import gpu_share_variables
 from qtorch.task.devices import VISIBLE_DEVICES, assign_gpus, jobs_per_gpu, visible_gpus
 
 JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
-# The environment of this process's jobs. A process of joblib runs one job after another, and stays
-# on its GPUs: its first job finds them, by a number that differs from that of the other processes.
-_environment: dict[str, str] | None = None
+# The number of a process of joblib, which is that of its first job: the processes that run at once
+# have different ones. A process runs one job after another, and all of them use the same GPUs.
+PROCESS_VARIABLE = "QTORCH_JOBLIB_PROCESS"
 
 
 def job_gpu_environment(config: DictConfig, hydra: Any) -> dict[str, str]:
@@ -22,14 +22,12 @@ def job_gpu_environment(config: DictConfig, hydra: Any) -> dict[str, str]:
     They are empty for other launchers, without a GPU, and where the jobs name their devices
     (`trainer.devices=[1]`, or -1).
     """
-    global _environment
     if str(hydra.launcher._target_) != JOBLIB:
         return {}
-    if _environment is None:
-        num_processes = int(hydra.launcher.n_jobs)
-        num_processes = num_processes if num_processes > 0 else os.cpu_count() or 1
-        _environment = assign_process_gpus(config, num_processes, int(hydra.job.num))
-    return _environment
+    num_processes = int(hydra.launcher.n_jobs)
+    num_processes = num_processes if num_processes > 0 else os.cpu_count() or 1
+    number = int(os.environ.setdefault(PROCESS_VARIABLE, str(hydra.job.num)))
+    return assign_process_gpus(config, num_processes, number)
 
 
 def assign_process_gpus(config: DictConfig, num_processes: int, number: int) -> dict[str, str]:

@@ -194,7 +194,8 @@ class _DeviceEvaluation(_Evaluation):
             super().run()
             return
         # The stages write single columns, which would be slow in host memory.
-        self.out = _new_storage(*result.shape, self.bars.device)
+        d, n, f = result.shape
+        self.out = _new_storage(d, n, f, self.bars.device)
         super().run()
         result.copy_(self.out)
 
@@ -212,13 +213,14 @@ class _DeviceEvaluation(_Evaluation):
                 log.info("%d instruments need too much of the GPU's memory", stop - start)
                 pending += [(middle, stop), (start, middle)]
             elif fetcher is not None:
-                fetcher.add(_in_order_of(values, target), target)
+                fetcher.add(_match_layout(values, target), target)
         if fetcher is not None:
             fetcher.finish()
 
     def allocate_block(self, target: Tensor) -> Tensor:
         """Allocate the results of a block, by field: its copies read and write whole rows."""
-        return _new_storage(*target.shape, self.bars.device)
+        d, n, f = target.shape
+        return _new_storage(d, n, f, self.bars.device)
 
     def try_block(self, stage: Stage, start: int, stop: int, values: Tensor) -> bool:
         """Compute a block; return False if the memory did not suffice and it can be divided."""
@@ -243,9 +245,10 @@ class _DeviceEvaluation(_Evaluation):
         return max(1, int(MEMORY_SHARE * free / column_bytes))
 
 
-def _in_order_of(values: Tensor, target: Tensor) -> Tensor:
+def _match_layout(values: Tensor, target: Tensor) -> Tensor:
     """Return values `[D, n, F]` laid out in the order of the dimensions of `target`."""
-    order = sorted(range(3), key=lambda dim: -target.stride(dim))
+    strides = target.stride()
+    order = sorted(range(3), key=lambda dim: -strides[dim])
     return values.permute(order).contiguous().permute([order.index(dim) for dim in range(3)])
 
 

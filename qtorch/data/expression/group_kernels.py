@@ -58,8 +58,8 @@ def _sum_kernel(executor: GroupExecutor, members: Sequence[int]) -> list[GroupRe
     """Compute Sum, Mean and Count of all series from one set of sums."""
     parts = _split_by_operator(executor, members)
     series = {operator: _distinct_series(executor, part) for operator, part in parts.items()}
-    values = [executor.get_step_numbers(i) for part in series.values() for i in part]
-    sums = Sums(stack_series(values), executor.group_windows(members[0]))
+    numbers = [executor.get_step_numbers(i) for part in series.values() for i in part]
+    sums = Sums(stack_series(numbers), executor.group_windows(members[0]))
     results, first = [], 0
     for operator, part in parts.items():
         own = slice(first, first + len(series[operator]))
@@ -99,8 +99,10 @@ def _moment_kernel(executor: GroupExecutor, members: Sequence[int]) -> list[Grou
     row_numbers = row_numbers.expand(-1, executor.block.num_columns)
     numbers = {i: executor.get_step_numbers(i) for (i,) in singles}
     x = stack_series([numbers[key[0]] for key in (*singles, *pairs)], torch.float64)
-    others = [*(row_numbers for _ in singles), *(numbers[right] for _, right in pairs)]
-    moments = Moments(x, stack_series(others, torch.float64), executor.group_windows(members[0]))
+    right_sides = [*(row_numbers for _ in singles), *(numbers[right] for _, right in pairs)]
+    moments = Moments(
+        x, stack_series(right_sides, torch.float64), executor.group_windows(members[0])
+    )
     positions = {key: k for k, key in enumerate((*singles, *pairs))}
     parts: defaultdict[tuple[str, torch.dtype, bool], list[int]] = defaultdict(list)
     for at in members:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qtorch.data.expression.executor import Executor
+from qtorch.data.expression.parser import Number
 from qtorch.data.expression.plan import Step
 from qtorch.data.expression.series import Block, Rows, Series
 from qtorch.data.expression.stacked import Moments, WindowStack, count_cells, finite_cells
@@ -143,12 +144,12 @@ class GroupExecutor(Executor):
         """Return the windows of all steps of the same family on the same series, ascending."""
         step = self.plan.steps[at]
         family, series = self.operators[step.operator].family, step.inputs[0]
-        others = (self.plan.steps[c] for c in self.plan.steps[series].consumers)
+        consumers = (self.plan.steps[c] for c in self.plan.steps[series].consumers)
         return tuple(
             sorted(
                 {
                     self.get_window(other)
-                    for other in others
+                    for other in consumers
                     if other.operator in self.operators
                     and self.operators[other.operator].family == family
                     and other.inputs[0] == series
@@ -304,10 +305,10 @@ class _GroupOperands:
         return self._executor.stack_operands([i for i in indices if isinstance(i, int)])
 
     def get_operand(self, step: Step, position: int) -> Tensor | int | float:
-        argument = step.arguments[position]
-        if isinstance(argument, int):
+        if isinstance(step.arguments[position], int):
             return self.block.as_numbers(self.get_value(step, position))
-        numbers = [each.arguments[position].value for each in self._steps]  # type: ignore[union-attr]
+        arguments = [each.arguments[position] for each in self._steps]
+        numbers = [a.value for a in arguments if isinstance(a, Number)]
         if len(set(numbers)) == 1:
             return numbers[0]
         other = next(a for a in step.arguments if isinstance(a, int))

@@ -134,7 +134,7 @@ def _mask(executor: Executor, step: Step) -> Tensor:
     for bars in all_bars:
         names_by_lower = {i.lower(): i for i in bars.instruments}
         if name.value.lower() in names_by_lower:
-            place = int(bars.instruments.get_loc(names_by_lower[name.value.lower()]))
+            place = list(bars.instruments).index(names_by_lower[name.value.lower()])
             break
     else:
         raise expression_error(

@@ -318,7 +318,7 @@ class PanelColumns(Columns):
         self, device: torch.device, history: Tensor | None, step_len: int, dtype: torch.dtype
     ) -> PackedColumns:
         if dtype != torch.float32:
-            return self._pack_rounded(device, history, step_len, dtype)
+            return self._pack_as_dtype(device, history, step_len, dtype)
         values = self._panel.values.permute(1, 0, 2)
         fused_chain = self._chain.compile(self.names, device)
         # Laid out by instrument, as a pack needs it.
@@ -348,7 +348,7 @@ class PanelColumns(Columns):
                     part.copy_(result)
         return DensePackedColumns(out, history=rows, owns_values=True, storage=storage)
 
-    def _pack_rounded(
+    def _pack_as_dtype(
         self, device: torch.device, history: Tensor | None, step_len: int, dtype: torch.dtype
     ) -> PackedColumns:
         """Store the results of the chain in another dtype."""
