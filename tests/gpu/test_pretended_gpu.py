@@ -116,6 +116,12 @@ def test_features_start_few_kernels_and_wait_only_for_their_copy() -> None:
     assert 0.9 * limit <= counts["kernels"] <= 1.02 * limit + 3
 
 
+def test_a_stream_that_does_not_wait_for_another_is_noticed() -> None:
+    process = run_program("tests/gpu/stream_order.py")
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "another one may not have written" in process.stdout
+
+
 GPU_TESTS = [
     "tests/data/dataset/test_batches.py",
     "tests/data/dataset/test_samples.py",

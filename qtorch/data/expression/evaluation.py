@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _COLUMNS = 48  # 48 float64 columns of 2500 rows take a megabyte, which fits into the CPU caches
 # The memory of a block of instruments on a GPU in float32 planes, and the share that it may take.
-MIN_PLANES, PLANES_PER_STEP, PLANES_PER_OUTPUT, MEMORY_SHARE = 512, 6, 2, 0.6
+MIN_PLANES, PLANES_PER_STEP, PLANES_PER_OUTPUT, MEMORY_SHARE = 512, 4, 2, 0.6
 MAX_STORED_BYTES = 2**30  # of values that comparisons of the instruments of a day hold at once
 KERNELS: dict[str, Kernel] = {
     **elementwise.KERNELS,

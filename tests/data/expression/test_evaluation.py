@@ -250,6 +250,7 @@ def test_gpu_waits_for_nothing_but_the_copy_of_its_results():
 
     bars, (texts, names) = stress_market(16, 150), alpha158()
     features, on_device = dict(zip(names, texts, strict=True)), bars.to("cuda")
+    features |= {"rank": "CSRank(Mean($close, 5))", "scale": "CSZScore($close)"}
     on_device.spans = bars.spans  # the host decides by them
     torch.cuda.set_sync_debug_mode("error")
     try:
