@@ -24,6 +24,8 @@ from qtorch.data.expression.stacked import (
 _INFINITE = float("inf")
 # The range of int32, and the smallest int64.
 _LOWEST, _HIGHEST, _LOWEST_KEY = -(2**31), 2**31 - 1, -(2**63)
+# The values of windows that are compared or sorted at once; CUDA sorts less than 2**31.
+MAX_WINDOW_VALUES = 2**30
 # Squared deviations of up to 2e-5 are none in Qlib's Corr and Rsquare.
 _MIN_VARIANCE = 4e-10
 
@@ -270,6 +272,16 @@ def _rank_kernel(executor: GroupExecutor, members: Sequence[int]) -> list[GroupR
     chain = WindowStack(executor.group_windows(members[0]))
     counts = executor.count_values(series, values, chain)
     windows = chain.windows
+    parts = [_rank_margins(part, windows) for part in _column_parts(values, max(windows))]
+    margin = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    dtype = values.dtype
+    ranks = (margin + (counts + 1).to(dtype)).mul_((0.5 / counts).to(dtype))
+    ranks.masked_fill_(values.isnan(), torch.nan)
+    return [_place_members(executor, ranks, members, series, chain)]
+
+
+def _rank_margins(values: Tensor, windows: Sequence[int]) -> Tensor:
+    """Return how many values of each window are smaller than today's, minus those larger."""
     longest = max(windows)
     signs = (values[:, None] - trailing_windows(values, longest, torch.nan)).sign_()
     signs.nan_to_num_(nan=0.0)
@@ -279,11 +291,13 @@ def _rank_kernel(executor: GroupExecutor, members: Sequence[int]) -> list[GroupR
         if window > previous:
             margin = margin + signs[:, longest - window : longest - previous].sum(1)
         margins[window], previous = margin, window
-    margin = torch.stack([margins[w] for w in windows])
-    dtype = values.dtype
-    ranks = (margin + (counts + 1).to(dtype)).mul_((0.5 / counts).to(dtype))
-    ranks.masked_fill_(values.isnan(), torch.nan)
-    return [_place_members(executor, ranks, members, series, chain)]
+    return torch.stack([margins[w] for w in windows])
+
+
+def _column_parts(values: Tensor, window: int) -> tuple[Tensor, ...]:
+    """Split series `[S, D, n]` so that the rows of all windows are not too many at once."""
+    num_values = values.shape[0] * values.shape[1] * window
+    return values.split(max(1, MAX_WINDOW_VALUES // num_values), -1)
 
 
 def _quantile_kernel(executor: GroupExecutor, members: Sequence[int]) -> list[GroupResult]:
@@ -298,16 +312,21 @@ def _quantile_kernel(executor: GroupExecutor, members: Sequence[int]) -> list[Gr
     last = take_series(counts, [chain.position(w) for w in windows], 0).sub(1).clamp_(min=0)
     places = torch.stack([last * level for level in levels], -1)  # [W, S, D, n, Q]
     low = places.floor()
-    parts = places - low
+    shares = places - low
     index = torch.cat([low, places.ceil_()], -1).to(torch.int64)
     missing_last = torch.nan_to_num(values, nan=_INFINITE)
     neighbours = []
     for k, window in enumerate(windows):
-        rows = trailing_windows(missing_last, window, _INFINITE).movedim(1, -1)
-        neighbours.append(rows.sort(-1).values.gather(-1, index[k]))
+        parts, first = [], 0
+        for part in _column_parts(missing_last, window):
+            rows = trailing_windows(part, window, _INFINITE).movedim(1, -1)
+            columns = slice(first, first + part.shape[-1])
+            parts.append(rows.sort(-1).values.gather(-1, index[k][:, :, columns]))
+            first = columns.stop
+        neighbours.append(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
     below, above = torch.stack(neighbours).to(torch.float64).chunk(2, -1)
     # All values of an empty window are infinite, and inf - inf is NaN.
-    quantiles = (below + (above - below).mul_(parts)).movedim(-1, 1).contiguous()
+    quantiles = (below + (above - below).mul_(shares)).movedim(-1, 1).contiguous()
     executor.block.mask_outside_span(quantiles)
     stack = quantiles.reshape(-1, *values.shape[1:])  # [W * Q * S, D, n]
     offsets = {}

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from qtorch.data.expression import evaluate
+from qtorch.data.expression import evaluate, group_kernels
 from qtorch.data.expression import evaluation as engine
 from qtorch.data.expression.group_kernels import DeviceExecutor
 from qtorch.data.expression.grouped import _regular_runs
@@ -112,6 +112,15 @@ def test_alike_steps_run_together(monkeypatch, random_bars):
     monkeypatch.setattr(engine, "Executor", DeviceExecutor)
     evaluate([f"Mean($x, {w})/$x" for w in (2, 3, 4)], random_bars(0))
     assert sizes == [1, 3, 3]  # the field, the means, the quotients
+
+
+def test_many_windows_are_sorted_in_parts(monkeypatch, random_bars, evaluate_in_groups):
+    texts = ["Quantile($x, 6, 0.3)", "Rank($y, 9)", "Med($x, 4)"]
+    bars = random_bars(1, instruments=7)
+    whole = evaluate_in_groups(texts, bars).values
+    monkeypatch.setattr(group_kernels, "MAX_WINDOW_VALUES", 70 * 9 * 2)
+    parts = evaluate_in_groups(texts, bars).values
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0, equal_nan=True)
 
 
 def test_regular_runs():
