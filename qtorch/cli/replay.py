@@ -24,14 +24,22 @@ The task of the run is trained again in a new run (tag replay.of), with the same
 threads. Weights, every step of every metric, and scores are compared bit for bit. If they differ,
 a table shows what else has changed: data, code (including your own modules), versions, device.
 
-exit code: 0 if everything is equal, 1 if something differs (or could not be repeated)
+The results must be bit-equal on the same kind of CPU, and on the same GPU if it was trained with
+trainer.deterministic=true. On another device, or without that, they must agree within 1%.
+
+exit code: 0 if this holds, 1 if something differs (or could not be repeated)
 """
 PARSERS = {"run": str, "experiment_name": str, "tracking.uri": str, "log_level": str}
 VERDICTS = {True: ("equal", "green"), False: ("different", "red"), None: ("-", "dim")}
+VERDICT_TEXTS = {
+    "bit-equal": "results are equal, bit for bit",
+    "tolerance": "results agree within 1%",
+    "none": "results differ",
+}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Repeat the run and print the comparison; return 0 if every number is equal."""
+    """Repeat the run and print the comparison; return 0 if the results are what they must be."""
     options = parse_options(argv, PARSERS, "replay")
     run_id = require_option(options, "run", "replay")
     configure_process(options.get("log_level") or "INFO", options.get("tracking.uri"))
@@ -43,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
             str(find_run(run_id).id), experiment_name=options.get("experiment_name")
         )
     _print_result(result)
-    return int(not result.equal)
+    return int(not result.is_kept)
 
 
 def _print_result(result: Replay) -> None:
@@ -70,5 +78,6 @@ def _print_result(result: Replay) -> None:
         console.print(f"{same} are the same as in the original run.")
     for note in result.unknown:
         console.print(f"note: {note}")
-    verdict = "results are equal" if result.equal else "results differ"
+    console.print(f"guarantee: {result.guarantee.kind} ({result.guarantee.reason})")
+    verdict = VERDICT_TEXTS[result.strongest_guarantee]
     console.print(f"run {result.run.id} repeats {result.original.id}: {verdict}")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHOW_AFTER_SECONDS = 2.0
+GPU_SHARE_VARIABLE = "QTORCH_GPU_SHARE"
 CONSOLE = "qtorch console"  # the name of the handler that shows the log
 
 
@@ -60,6 +61,29 @@ def resolve_device(device: str | int | torch.device = "auto") -> torch.device:
     if str(torch_device) == "cuda":  # without an index
         return torch.device("cuda", torch.cuda.current_device())
     return torch_device
+
+
+def gpu_share() -> float:
+    """Return the share of each GPU's memory that belongs to this process, at most 1.
+
+    It is less where processes share a GPU: QTORCH_GPU_SHARE, set by whoever starts them. Raises
+    ConfigError for a value that is no share.
+    """
+    text = os.environ.get(GPU_SHARE_VARIABLE, "").strip() or "1"
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ConfigError(f"{GPU_SHARE_VARIABLE}={text!r}: expected a number above 0, at most 1.")
+    return share
+
+
+def gpu_share_variables(num_processes: float) -> dict[str, str]:
+    """Return the environment of processes of which this number shares each GPU of this one."""
+    if num_processes <= 1:
+        return {}
+    return {GPU_SHARE_VARIABLE: f"{gpu_share() / num_processes:.4g}"}
 
 
 @contextmanager

@@ -41,13 +41,13 @@ class LSTMLayers(nn.LSTM):
             zeros = x.new_zeros(self.num_layers, len(x), self.hidden_size)
             states, (h, c) = _run_layers(self, _lstm_step, x, hx or (zeros, zeros))
             return states, (h, c)
+        if _lacks_half_precision(x):
+            with torch.autocast("cpu", enabled=False):
+                return self.forward(x.float(), hx)
         if has_own_dropout(self):
             zeros = x.new_zeros(self.num_layers, len(x), self.hidden_size)
             states, (h, c) = _run_kernels(self, torch.lstm, x, hx or (zeros, zeros))
             return states, (h, c)
-        if _lacks_half_precision(x):
-            with torch.autocast("cpu", enabled=False):
-                return super().forward(x.float(), hx)
         return super().forward(x, hx)
 
     def run(self, x: Tensor, hx: LSTMState, weights: list[Tensor]) -> tuple[Tensor, LSTMState]:

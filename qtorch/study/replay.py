@@ -1,4 +1,9 @@
-"""Replay a finished run from its own record and compare the results bit for bit."""
+"""Replay a finished run from its own record and compare the results bit for bit.
+
+The CPU repeats every bit of a training if its model, the number of threads, versions, data and code
+are the same, and so does a GPU of the same kind with trainer.deterministic=true. Elsewhere sums are
+added in another order, and the results only agree within a tolerance.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +25,41 @@ from qtorch.trainer.provenance import ENVIRONMENT
 from qtorch.trainer.run import TASK, task_train
 
 REPLAY_OF_TAG = "replay.of"
-REPLAY_EQUAL_TAG = "replay.equal"
+REPLAY_EQUAL_TAG, REPLAY_GUARANTEE_TAG = "replay.equal", "replay.guarantee"
 MODEL, SCORES = "params.pkl", "pred.pkl"
 MAX_NAMES = 3
 SYSTEM = "system/"  # prefix of the system metrics that MLflow measures
 SOURCE = "source of "
 # Parts of an environment that may be None (unknown), and how messages refer to them.
+# Guarantees of a replay, the strongest first.
+BIT_EQUAL, TOLERANCE, NO_GUARANTEE = "bit-equal", "tolerance", "none"
+# How far results may differ where bits do not: as a share of the spread of scores, of the largest
+# weight of a tensor, and of a metric (of 1, if it is smaller).
+MAX_DIFFERENCE = 0.01
+# Parts of an environment after whose change the same training is not the same at all.
+CONTENT_PARTS = ("data", "code", "source of ", "pruned")
 OPTIONAL_PARTS = {"data": "the data", "sources": "the code of the task's own modules"}
 
 
 @dataclass(frozen=True)
 class ResultCheck:
-    """The comparison of one kind of result; `equal` is None if there was nothing to compare."""
+    """The comparison of one kind of result; `equal` is None if there was nothing to compare.
+
+    `is_close`: the results agree within MAX_DIFFERENCE.
+    """
 
     name: str
     equal: bool | None
     detail: str
+    is_close: bool = False
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What the environments of two runs promise about their results: `kind`, and why."""
+
+    kind: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -51,7 +75,7 @@ class Difference:
 class Replay:
     """The result of a replay: both runs, the checks, and the differences of their environments.
 
-    `unknown` are notes on what could not be compared.
+    `unknown` are notes on what could not be compared. `guarantee`: what the results had to be.
     """
 
     original: Recorder
@@ -59,12 +83,29 @@ class Replay:
     checks: list[ResultCheck]
     differences: list[Difference]
     unknown: list[str]
+    guarantee: Guarantee
 
     @property
     def equal(self) -> bool:
         """Whether at least one kind of result was compared and all of them are equal."""
         verdicts = [check.equal for check in self.checks if check.equal is not None]
         return bool(verdicts) and all(verdicts)
+
+    @property
+    def strongest_guarantee(self) -> str:
+        """The strongest guarantee that the results keep: bit-equal, tolerance or none."""
+        if self.equal:
+            return BIT_EQUAL
+        compared = [check for check in self.checks if check.equal is not None]
+        is_close = bool(compared) and all(check.equal or check.is_close for check in compared)
+        return TOLERANCE if is_close else NO_GUARANTEE
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the results are equal, or as close as the environments allow."""
+        return self.equal or (
+            self.guarantee.kind == TOLERANCE and self.strongest_guarantee == TOLERANCE
+        )
 
 
 def replay_run(run_id: str, *, experiment_name: str | None = None) -> Replay:
@@ -95,12 +136,37 @@ def replay_run(run_id: str, *, experiment_name: str | None = None) -> Replay:
         _compare_scores(original, run),
     ]
     environment = load_if_present(run, ENVIRONMENT) or {}
-    replay = Replay(original, run, checks, *compare_environments(original_environment, environment))
+    differences, unknown = compare_environments(original_environment, environment)
     pruning_note = original.list_tags().get(PRUNED_TAG)
     if pruning_note:
-        replay.differences.append(Difference("pruned by its search", pruning_note, "no"))
-    run.set_tags(**{REPLAY_EQUAL_TAG: str(replay.equal).lower()})
+        differences.append(Difference("pruned by its search", pruning_note, "no"))
+    guarantee = find_guarantee(environment, differences, unknown)
+    replay = Replay(original, run, checks, differences, unknown, guarantee)
+    run.set_tags(
+        **{
+            REPLAY_EQUAL_TAG: str(replay.equal).lower(),
+            REPLAY_GUARANTEE_TAG: replay.strongest_guarantee,
+        }
+    )
     return replay
+
+
+def find_guarantee(
+    environment: Mapping[str, Any], differences: list[Difference], unknown: list[str]
+) -> Guarantee:
+    """Return what the results of a replay in this environment must be."""
+    if unknown or not environment:
+        return Guarantee(NO_GUARANTEE, "parts of the environments are unknown")
+    names = [difference.name for difference in differences]
+    if changed := [name for name in names if name.startswith(CONTENT_PARTS)]:
+        return Guarantee(NO_GUARANTEE, f"changed: {_join_names(changed)}")
+    if names:
+        return Guarantee(TOLERANCE, f"changed: {_join_names(names)}")
+    device = str(environment.get("device", "cpu"))
+    if device.startswith("cuda") and not environment.get("deterministic"):
+        return Guarantee(TOLERANCE, "the same GPU, but without trainer.deterministic=true")
+    kind = "GPU with trainer.deterministic=true" if device.startswith("cuda") else "kind of CPU"
+    return Guarantee(BIT_EQUAL, f"the same {kind}, versions, data and code")
 
 
 def _load_task(run: Recorder) -> Any:
@@ -143,10 +209,11 @@ def _compare_weights(original: Recorder, run: Recorder) -> ResultCheck:
     left, right = first.state_dict(), second.state_dict()
     if {k: v.shape for k, v in left.items()} != {k: v.shape for k, v in right.items()}:
         return ResultCheck("weights", False, "the networks have different layers")
-    largest = max(
-        (float((left[k].double() - right[k].double()).abs().max()) for k in left), default=0
-    )
-    return ResultCheck("weights", False, f"largest difference {largest:.3g}")
+    largest = [float((left[k].double() - right[k].double()).abs().max()) for k in left]
+    limits = [MAX_DIFFERENCE * float(left[k].double().abs().max()) for k in left]
+    is_close = all(a <= b for a, b in zip(largest, limits, strict=True))
+    detail = f"largest difference {max(largest, default=0):.3g}"
+    return ResultCheck("weights", False, detail, is_close)
 
 
 def _compare_metrics(original: Recorder, run: Recorder) -> ResultCheck:
@@ -155,7 +222,7 @@ def _compare_metrics(original: Recorder, run: Recorder) -> ResultCheck:
     names = [n for n in names if not n.startswith(SYSTEM)]
     if not names:
         return ResultCheck("metrics", None, "the run has none")
-    count, largest = 0, 0.0
+    count, largest, is_close = 0, 0.0, True
     other_steps: list[str] = []
     first_difference: dict[str, int] = {}
     for name in names:
@@ -167,7 +234,9 @@ def _compare_metrics(original: Recorder, run: Recorder) -> ResultCheck:
             if left[step] == right[step] or (math.isnan(left[step]) and math.isnan(right[step])):
                 continue
             first_difference.setdefault(name, step)
-            largest = max(largest, abs(left[step] - right[step]))
+            difference = abs(left[step] - right[step])
+            largest = max(largest, difference)
+            is_close &= difference <= MAX_DIFFERENCE * max(1.0, abs(left[step]))
     if not other_steps and not first_difference:
         return ResultCheck("metrics", True, f"{count} values of {len(names)} metrics")
     details = []
@@ -179,7 +248,7 @@ def _compare_metrics(original: Recorder, run: Recorder) -> ResultCheck:
         )
     if other_steps:
         details.append(f"different steps of {_join_names(other_steps)}")
-    return ResultCheck("metrics", False, "; ".join(details))
+    return ResultCheck("metrics", False, "; ".join(details), is_close and not other_steps)
 
 
 def _compare_scores(original: Recorder, run: Recorder) -> ResultCheck:
@@ -199,9 +268,11 @@ def _compare_scores(original: Recorder, run: Recorder) -> ResultCheck:
         return ResultCheck("predictions", True, f"{len(left):,} scores, bit for bit")
     largest = float(np.nanmax(np.abs(first - second), initial=0.0))
     detail = f"{len(left):,} scores, largest difference {largest:.3g}"
-    if num_missing := int((np.isnan(first) != np.isnan(second)).sum()):
+    num_missing = int((np.isnan(first) != np.isnan(second)).sum())
+    if num_missing:
         detail += f", {num_missing:,} missing (NaN) in one of the runs"
-    return ResultCheck("predictions", False, detail)
+    is_close = not num_missing and largest <= MAX_DIFFERENCE * float(np.nanstd(first))
+    return ResultCheck("predictions", False, detail, is_close)
 
 
 # -- environments ------------------------------------------------------------------------------

@@ -7,12 +7,15 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from itertools import takewhile
 
 from qtorch.core.errors import ConfigError
+from qtorch.core.runtime import gpu_share_variables
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 CPU = "cpu"
 NVIDIA_SMI_SECONDS = 20.0
+_GPU_NAME = re.compile(r"\d+|(GPU|MIG)-\S+")
 
 
 def device_names(devices: str | None = None) -> list[str]:
@@ -44,19 +47,31 @@ def assign_gpus(names: Sequence[str], count: int, position: int) -> str:
     return ",".join(names[(position * count + k) % len(names)] for k in range(count))
 
 
-def device_environment(name: str) -> dict[str, str]:
-    """Return the environment variables that restrict a process to this device."""
-    return {VISIBLE_DEVICES: "" if name == CPU else name}
+def jobs_per_gpu(num_jobs: int, num_gpus: int, num_visible: int) -> int:
+    """Return how many of the jobs that run at once, with `num_gpus` each, share a GPU at most."""
+    return -(-num_jobs * num_gpus // num_visible) if num_visible else 1
+
+
+def device_environment(name: str, num_processes: int = 1) -> dict[str, str]:
+    """Return the environment variables that restrict a process to this device.
+
+    `num_processes` share its memory.
+    """
+    if name == CPU:
+        return {VISIBLE_DEVICES: ""}
+    return {VISIBLE_DEVICES: name, **gpu_share_variables(num_processes)}
 
 
 def visible_gpus() -> list[str]:
     """List the GPUs that this process may use, from CUDA_VISIBLE_DEVICES or nvidia-smi.
 
-    A GPU that is divided (MIG) stands for its parts, by their UUIDs: CUDA ignores its number.
+    A GPU that is divided (MIG) stands for its parts, by their UUIDs: CUDA ignores its number. An
+    invalid name in the variable (-1, or SLURM's NoDevFiles) hides itself and those after it.
     """
     variable = os.environ.get(VISIBLE_DEVICES)
     if variable is not None:
-        return [name.strip() for name in variable.split(",") if name.strip() not in ("", "-1")]
+        names = (name.strip() for name in variable.split(","))
+        return list(takewhile(_GPU_NAME.fullmatch, names))
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []

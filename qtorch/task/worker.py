@@ -442,7 +442,7 @@ class Supervisor:
                 worker=f"{host}:{os.getpid()}:{k}",
                 server=server,
                 environment={
-                    **device_environment(device),
+                    **device_environment(device, list(devices).count(device)),
                     **_thread_environment(devices),
                     **({TRACKING: options.tracking_uri} if options.tracking_uri else {}),
                 },

@@ -373,6 +373,7 @@ def check_features(report: Report, is_small: bool) -> None:
 
     from qtorch.data.expression.evaluation import evaluate
     from qtorch.data.handler.alpha import alpha158
+    from qtorch.data.panel.columns import instrument_major
     from qtorch.data.panel.panel import Panel
 
     expressions, names = alpha158()
@@ -401,6 +402,15 @@ def check_features(report: Report, is_small: bool) -> None:
             seconds = measure_seconds(functools.partial(evaluate, features, device_bars), 1)
         row = {"what": f"{num_instruments} instruments x {num_days} days, seconds"}
         report.add("Alpha158", {**row, "value": seconds})
+        del device_bars
+        with clean_memory():
+            bars = make_bars(num_days, num_instruments)
+            out = instrument_major(num_days, num_instruments, len(names))
+            compute = functools.partial(evaluate, features, bars, out=out, device=DEVICE)
+            seconds = measure_seconds(compute, 1)
+        row = {"what": f"{num_instruments} x {num_days}, from and to host memory, seconds"}
+        report.add("Alpha158", {**row, "value": seconds})
+        del bars, out, compute
 
 
 def check_shared_gpu(report: Report, is_small: bool) -> None:

@@ -83,3 +83,17 @@ def test_overrides_are_not_cut_in_a_pipe(capsys):
     print_table(job_tables.jobs_table("2 jobs", rows))
     lines = capsys.readouterr().out.splitlines()
     assert sum(override in line and RUN in line for line in lines) == 2
+
+
+def test_memory_of_a_training_on_a_gpu():
+    memory = {"features": 812_300_000, "weights": 40_000, "peak": 1_234_567_890}
+    fit = {"memory": memory, "store": "device", "feature_dtype": "bfloat16"}
+    features = "812.3 MB features (bfloat16, on the device), 0.0 MB weights"
+    peak = "1,234.6 MB of the device at most"
+    assert job_tables._memory_facts(fit) == {"memory": f"{features}, {peak}"}
+    del memory["peak"]
+    assert job_tables._memory_facts({**fit, "store": "host"}) == {
+        "memory": features.replace("on the device", "in host memory")
+    }
+    assert job_tables._memory_facts({**fit, "feature_dtype": "float32"}) == {}
+    assert job_tables._memory_facts({}) == {}

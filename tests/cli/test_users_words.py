@@ -18,7 +18,7 @@ from qtorch.cli.tables import jobs, tasks, trials
 from qtorch.core.errors import QtorchError, printable_text
 from qtorch.core.runtime import configure_logging, progress
 from qtorch.core.terminal import Terminal
-from qtorch.study.replay import Difference, ResultCheck
+from qtorch.study.replay import Difference, Guarantee, ResultCheck
 from qtorch.study.search.trial import TrialRow
 from qtorch.study.sweep import JobResult, SeedGroup
 from qtorch.task import TaskManager
@@ -139,12 +139,13 @@ def test_tables_of_tasks(screen, tmp_path, capsys):
 def test_result_of_a_replay(screen):
     run, original = SimpleNamespace(id=nasty(0)), SimpleNamespace(id=nasty(1))
     result = SimpleNamespace(
-        run=run, original=original, equal=False, unknown=[nasty(2)],
+        run=run, original=original, equal=False, strongest_guarantee="none", unknown=[nasty(2)],
+        guarantee=Guarantee("tolerance", nasty(8)),
         checks=[ResultCheck(nasty(3), equal, nasty(4)) for equal in (True, False, None)],
         differences=[Difference(nasty(5), nasty(6), nasty(7))],
     )  # fmt: skip
     replay._print_result(result)
-    assert_words_appear(screen.getvalue(), range(8))
+    assert_words_appear(screen.getvalue(), range(9))
 
 
 def test_result_of_a_rolling_study(screen, monkeypatch):

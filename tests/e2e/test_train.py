@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -96,13 +97,34 @@ def test_damaged_or_nonfinite_weights_of_a_run_are_not_used(train, runs, qtorch_
     assert pd.read_parquet(folder / "scores.parquet")["score"].isna().any()
 
 
+SEEING_NETWORK = """
+import os
+from pathlib import Path
+from qtorch.nn import GRU
+
+class Seeing(GRU):
+    def __init__(self, d_feat=6, **kwargs):
+        Path(f"seen-{os.getpid()}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+        super().__init__(d_feat, **kwargs)
+"""
+
+
 @pytest.mark.slow
-def test_joblib_runs_jobs_in_parallel(train, runs):
+def test_joblib_runs_jobs_in_parallel(train, runs, folder, monkeypatch):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    (folder / "seeing.py").write_text(SEEING_NETWORK)
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("QTORCH_TRUSTED", "seeing")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,9")
     result = train(
-        "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1", "universe=stocks,none"
+        *("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"),
+        *("universe=stocks,none", "model=gru", "model.network._target_=seeing.Seeing"),
+        "trainer.accelerator=auto",
     )
     assert result.code == 1
+    visible_gpus = {file.read_text() for file in folder.glob("seen-*")}
+    assert visible_gpus == {"5", "7"}  # each process has its own GPU
     jobs = [r for r in runs() if "qtorch.sweep" not in r.list_tags()]
     assert sorted(r.status for r in jobs) == ["FAILED"] * 2 + ["FINISHED"] * 2
     assert len([line for line in result.out.splitlines() if "FINISHED" in line]) == 2

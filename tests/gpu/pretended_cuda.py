@@ -12,8 +12,8 @@ what the host of a real GPU would wait for:
 An operation on tensors of two devices raises, as on a GPU, and so does one in a process that was
 forked from the one that entered the block. cuDNN's recurrent layers and torch's
 memory-efficient attention are one operation forward and one backward each; the former refuse a
-backward pass in evaluation mode. Not pretended: the numerical errors of CUDA's kernels, streams,
-and time.
+backward pass in evaluation mode. Streams are those of `pretended_streams`. Not pretended: the
+numerical errors of CUDA's kernels, and time.
 
 This module must be imported before torch.
 """
@@ -70,6 +70,12 @@ def load_guard() -> None:
 load_guard()
 
 import torch  # noqa: E402
+from pretended_streams import (  # noqa: E402
+    PretendedStream,
+    StreamOrder,
+    poison,
+    stream_functions,
+)
 from torch import Tensor, nn  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten  # noqa: E402
@@ -130,6 +136,9 @@ class CudaTensor(Tensor):
     def tolist(self) -> Any:
         current_device().count_wait("numbers read by .tolist()")
         return self.content.tolist()
+
+    def record_stream(self, stream: Any) -> None:
+        """Do nothing: memory is only reused when nobody holds the tensor."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # a file holds the numbers
         if isinstance(self, nn.Parameter):
@@ -194,6 +203,9 @@ class PretendedCuda(TorchDispatchMode):
         self.stage = "around the epochs"
         self.waits_raise = False
         self.pinned: set[int] = set()
+        self.default_stream = self.current_stream = PretendedStream(self, is_default=True)
+        self.stream_order: StreamOrder | None = None  # from the first further stream on
+        self.num_operations = 0
         # cuDNN's layers are computed in a thread of their own, in which autograd is enabled.
         self.autograd_thread = ThreadPoolExecutor(1)
         self._generator = torch.Generator().manual_seed(torch.seed() % 2**63)
@@ -254,10 +266,20 @@ class PretendedCuda(TorchDispatchMode):
         if self.shuffle_sums and not torch.are_deterministic_algorithms_enabled():
             args = self._shuffle_sum(name, args)
             flat, spec = tree_flatten((args, kwargs))
+        if self.stream_order is not None:
+            tensors = [a.content for a in flat if isinstance(a, CudaTensor)]
+            self.stream_order.check(tensors, self.current_stream)
         if name in OWN_OPERATIONS:
-            return OWN_OPERATIONS[name](self, func, args, kwargs)
-        leaves_cuda = device is not None and torch.device(device).type == "cpu"
-        return _run(func, flat, spec, is_result_on_cuda=not leaves_cuda)
+            result = OWN_OPERATIONS[name](self, func, args, kwargs)
+        else:
+            leaves_cuda = device is not None and torch.device(device).type == "cpu"
+            result = _run(func, flat, spec, is_result_on_cuda=not leaves_cuda)
+        self.num_operations += 1
+        if self.stream_order is not None and not func.is_view:
+            values = tree_flatten(result)[0]
+            tensors = [value.content for value in values if isinstance(value, CudaTensor)]
+            self.stream_order.write(tensors, self.current_stream, self.num_operations)
+        return result
 
     def _check_deterministic(self, name: str, args: Any) -> None:
         if not torch.are_deterministic_algorithms_enabled() or name not in NOT_DETERMINISTIC:
@@ -404,8 +426,15 @@ def _run(func: Any, flat: list[Any], spec: Any, *, is_result_on_cuda: bool) -> A
 def _to_copy(gpu: PretendedCuda, func: Any, args: Any, kwargs: Any) -> Tensor:
     device = kwargs.get("device")
     ignored = ("device", "non_blocking", "pin_memory")
-    result = func(get_content(args[0]), **{k: v for k, v in kwargs.items() if k not in ignored})
+    non_blocking = bool(kwargs.get("non_blocking"))
+    kwargs = {k: v for k, v in kwargs.items() if k not in ignored}
     is_on_cuda = device is None or torch.device(device).type == "cuda"
+    stream, source = gpu.current_stream, args[0]
+    if is_on_cuda and non_blocking and not stream.is_default:
+        late = poison(func(source, **kwargs))
+        stream.copies.append(functools.partial(late.copy_, source))
+        return CudaTensor(late)
+    result = func(get_content(source), **kwargs)
     return CudaTensor(result) if is_on_cuda else result
 
 
@@ -604,6 +633,7 @@ def replace_torch_functions(gpu: PretendedCuda) -> list[Callable[[], None]]:
         "max_memory_allocated": lambda device=None: num_device_bytes(),
         "reset_peak_memory_stats": lambda device=None: None,
         "memory_allocated": lambda device=None: num_device_bytes(),
+        "memory_reserved": lambda device=None: num_device_bytes(),
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: gpu.count_wait("torch.cuda.synchronize"),
         "set_sync_debug_mode": lambda mode: setattr(gpu, "waits_raise", mode in ("error", 2)),
@@ -615,6 +645,7 @@ def replace_torch_functions(gpu: PretendedCuda) -> list[Callable[[], None]]:
         "get_device_name": lambda device=None: "pretended device",
         "is_bf16_supported": lambda *args, **kwargs: True,
         "get_device_capability": lambda device=None: (9, 0),
+        **stream_functions(gpu),
     }
     for name, value in answers.items():
         replace(torch.cuda, name, value)

@@ -122,9 +122,31 @@ def test_the_same_fit_twice_is_bit_identical(tmp_path: Path) -> None:
     assert not any(d for parts in differences.values() for d in parts.values()), differences
 
 
+def test_features_start_few_kernels_and_wait_only_for_their_copy() -> None:
+    """However many instruments a block has."""
+    process = run_program("tests/gpu/feature_launches.py")
+    assert process.returncode == 0, process.stderr[-3000:]
+    counts = json.loads(process.stdout)
+    assert counts["waits"] == {}
+    fetch = "copied to the host @ qtorch/data/transfer.py BlockFetcher.finish"
+    assert counts["waits in host memory"] == {fetch: 1}
+    rows = {name: int(number) for name, number in table_rows("Features")}
+    limit = rows["launches of a block of Alpha158"]
+    assert limit < 500
+    assert 0.9 * limit <= counts["kernels"] <= 1.02 * limit + 3
+
+
+def test_a_stream_that_does_not_wait_for_another_is_noticed() -> None:
+    process = run_program("tests/gpu/stream_order.py")
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "another one may not have written" in process.stdout
+
+
 GPU_TESTS = [
+    "tests/data/dataset/test_batches.py",
     "tests/data/dataset/test_samples.py",
     "tests/data/expression/test_evaluation.py",
+    "tests/data/handler/test_feature_device.py",
     "tests/metrics/test_ic.py",
     "tests/model/test_cuda.py",
 ]

@@ -67,6 +67,9 @@ def test_ranks_are_not_started_without_gpus_for_them(visible_gpus, monkeypatch):
     visible_gpus(4)
     check_visible_gpus(options)
     visible_gpus(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1a,MIG-2b")
+    with pytest.raises(ConfigError, match="shows one part of divided GPUs"):
+        check_visible_gpus(options)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1a,GPU-2b")
     with pytest.raises(ConfigError, match=r"sees 2 GPUs [(]CUDA_VISIBLE_DEVICES=GPU-1a,GPU-2b[)]"):
         check_visible_gpus(options)

@@ -13,8 +13,12 @@ from qtorch.core.errors import ConfigError
 from qtorch.study.replay import (
     REPLAY_OF_TAG,
     Difference,
+    Guarantee,
+    Replay,
+    ResultCheck,
     _compare_scores,
     compare_environments,
+    find_guarantee,
     replay_run,
 )
 from qtorch.trainer.run import task_train
@@ -43,6 +47,59 @@ def use_table_source(path):
         task["dataset"]["handler"]["instruments"] = "all"
 
     return change
+
+
+GPU = {"device": "cuda:0", "deterministic": True}
+
+
+@pytest.mark.parametrize(
+    ("environment", "changed", "kind", "reason"),
+    [
+        ({"device": "cpu"}, [], "bit-equal", "the same kind of CPU"),
+        (GPU, [], "bit-equal", "deterministic=true"),
+        ({**GPU, "deterministic": False}, [], "tolerance", "without trainer.deterministic=true"),
+        (GPU, ["device_name", "torch"], "tolerance", "changed: device_name and torch"),
+        ({"device": "cpu"}, ["threads"], "tolerance", "changed: threads"),
+        (GPU, ["data", "torch"], "none", "changed: data"),
+        (GPU, ["code.commit"], "none", "changed: code.commit"),
+        (GPU, ["source of own_net"], "none", "changed: source of own_net"),
+        ({}, [], "none", "unknown"),
+    ],
+)
+def test_guarantee_of_an_environment(environment, changed, kind, reason):
+    differences = [Difference(name, "a", "b") for name in changed]
+    guarantee = find_guarantee(environment, differences, [])
+    assert guarantee.kind == kind
+    assert reason.replace(" and ", ", ") in guarantee.reason
+    assert find_guarantee(environment, differences, ["the data is unknown"]).kind == "none"
+
+
+@pytest.mark.parametrize(
+    ("checks", "strongest"),
+    [
+        ([(True, False), (None, False)], "bit-equal"),
+        ([(True, False), (False, True)], "tolerance"),
+        ([(False, True), (False, False)], "none"),
+        ([(None, False)], "none"),
+    ],
+)
+def test_strongest_guarantee_that_results_keep(checks, strongest):
+    results = [ResultCheck("weights", equal, "", is_close) for equal, is_close in checks]
+    for kind in ("bit-equal", "tolerance", "none"):
+        replay = Replay(None, None, results, [], [], Guarantee(kind, ""))
+        assert replay.strongest_guarantee == strongest
+        assert replay.is_kept == (strongest == "bit-equal" or strongest == kind == "tolerance")
+
+
+def test_scores_that_differ_by_less_than_a_hundredth_of_their_spread_are_close(store):
+    runs = []
+    for change in (0.0, 0.005, 0.5):
+        with R.start(experiment_name="scores"):
+            runs.append(R.get_recorder())
+            scores = pd.DataFrame({"score": [0.0, 1.0 + change, 2.0]})
+            runs[-1].save_objects(**{"pred.pkl": scores})
+    checks = [_compare_scores(runs[0], run) for run in runs[1:]]
+    assert [(check.equal, check.is_close) for check in checks] == [(False, True), (False, False)]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +134,8 @@ def test_replay_of_unchanged_run_is_equal(make_run):
     assert replay.equal
     assert [n.equal for n in replay.checks] == [True, True, True]
     assert replay.differences == []
+    assert replay.guarantee.kind == replay.strongest_guarantee == "bit-equal"
+    assert replay.run.list_tags()["replay.guarantee"] == "bit-equal"
     assert replay.run.list_tags()[REPLAY_OF_TAG] == run.id
     assert replay.run.experiment_id == run.experiment_id
 
@@ -95,6 +154,8 @@ def test_changed_data_are_reported(make_run, make_task, tmp_path):
     replay = replay_run(run.id)
     assert not replay.equal
     assert [d.name for d in replay.differences] == ["data"]
+    assert replay.guarantee == Guarantee("none", "changed: data")
+    assert not replay.is_kept
     assert replay.differences[0].original == run.load_object("environment")["data"]
     assert {n.name for n in replay.checks if n.equal is False} >= {"metrics", "predictions"}
 
@@ -107,6 +168,11 @@ def test_run_without_environment_is_replayed_with_note(make_run, monkeypatch):
     replay = replay_run(run.id)
     assert replay.equal
     assert "no record of its environment" in replay.unknown[0]
+    assert (replay.guarantee.kind, replay.strongest_guarantee, replay.is_kept) == (
+        "none",
+        "bit-equal",
+        True,
+    )
 
 
 NETWORK_SOURCE = """

@@ -23,6 +23,7 @@ from qtorch.cli.compose import (
 )
 from qtorch.cli.guard import error_line
 from qtorch.cli.jobs.finished_jobs import use_hydra_config
+from qtorch.cli.jobs.gpus import job_gpu_environment
 from qtorch.cli.jobs.results import FAILED, KILLED, RESULT_FILE, command_results
 from qtorch.cli.jobs.sweep_command import SWEEP_VARIABLE, current_sweep, task_overrides
 from qtorch.cli.jobs.work import (
@@ -74,7 +75,10 @@ def run_job(config: DictConfig) -> None:
     """
     result = _create_result(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with change_environment({FOLDER_VARIABLE: str(HydraConfig.get().runtime.cwd)}):
+    changes = {FOLDER_VARIABLE: str(HydraConfig.get().runtime.cwd)}
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        changes |= job_gpu_environment(config, HydraConfig.get())
+    with change_environment(changes):
         _run(config, result, folder)
 
 

@@ -30,6 +30,7 @@ from qtorch.cli.launchers.base import Jobs, UnfinishedJobsMixin
 from qtorch.cli.launchers.kinds import OwnProcessLauncher
 from qtorch.core.errors import ConfigError, install_command
 from qtorch.core.instantiate import resolve_config
+from qtorch.core.runtime import gpu_share_variables
 from qtorch.core.secrets import is_secret_name, redact_urls
 from qtorch.process.stops import SCHEDULER_SIGNALS, received_signals
 
@@ -181,6 +182,8 @@ class RayLauncher(UnfinishedJobsMixin, OwnProcessLauncher, Launcher):
         variables = {k: v for k, v in os.environ.items() if k.startswith(prefixes)}
         if path is not None:
             variables["PYTHONPATH"] = path
+        if 0 < self.num_gpus < 1:  # Ray puts several jobs on a GPU
+            variables |= gpu_share_variables(1 / self.num_gpus)
         return {**variables, **{k: str(v) for k, v in self.env_vars.items()}}
 
 

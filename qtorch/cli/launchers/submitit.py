@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hydra.core.singleton import Singleton
@@ -22,8 +23,9 @@ from qtorch.cli.launchers.base import Jobs, UnfinishedJobsMixin
 from qtorch.cli.launchers.kinds import DetachedLauncher
 from qtorch.cli.launchers.slurm import SlurmError, has_ended, query_job
 from qtorch.core.errors import ConfigError
+from qtorch.core.runtime import gpu_share_variables
 from qtorch.process.launch import external_world
-from qtorch.task.devices import VISIBLE_DEVICES, assign_gpus, visible_gpus
+from qtorch.task.devices import VISIBLE_DEVICES, assign_gpus, jobs_per_gpu, visible_gpus
 
 EXECUTOR_OPTIONS = ("submitit_folder", "max_num_timeout")
 QUERY_SECONDS = 15.0  # between two SLURM queries
@@ -157,6 +159,7 @@ else:
         """Run the jobs in processes on this machine."""
 
         devices: Mapping[int, str | None]  # for CUDA_VISIBLE_DEVICES of each job
+        share: Mapping[str, str] = MappingProxyType({})
 
         def _submit(self, jobs: Jobs) -> Sequence[Any]:
             tasks = self.params["tasks_per_node"]
@@ -171,6 +174,7 @@ else:
             else:
                 names = visible_gpus()
                 self.devices = {n: assign_gpus(names, count, k) for k, n in enumerate(jobs)}
+                self.share = gpu_share_variables(jobs_per_gpu(len(jobs), count, len(names)))
             return super()._submit(jobs)
 
         def _load_result(self, job: Any) -> JobReturn:
@@ -190,6 +194,7 @@ else:
             os.environ.pop(VISIBLE_DEVICES, None)
             if devices is not None:
                 os.environ[VISIBLE_DEVICES] = devices
+            os.environ.update(self.share)
             return super().__call__(sweep_overrides, key, number, id, state)  # type: ignore[no-any-return]  # the base class has no types
 
     SUBMITIT_LAUNCHERS = (SubmititLocalLauncher, SubmititSlurmLauncher)

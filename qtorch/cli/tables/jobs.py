@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ def _facts(result: JobResult, recorder: Recorder) -> dict[str, str]:
             facts["epochs"] = f"{fit['epochs']}{best} {counting}"
         speed = f"{fit['samples_per_second']:,.0f} samples/s"
         facts["speed"] = f"{speed} during training on {fit['device']}"
+        facts |= _memory_facts(fit)
     facts["time"] = f"{result.seconds:.1f} s"
     long_short = metrics.get("Long-Short Ann Return")
     market = MADE_MARKET if is_made_market(recorder.load_object("task")) else ""
@@ -110,6 +111,23 @@ def _facts(result: JobResult, recorder: Recorder) -> dict[str, str]:
         facts["portfolio"] = f"{excess_text}, information ratio {ratio}{market}"
     facts["run"] = f"{result.run_id} (experiment {result.experiment})"
     return facts
+
+
+def _memory_facts(fit: Mapping[str, Any]) -> dict[str, str]:
+    """Describe the memory of a training on a GPU, or of one whose features are rounded."""
+    memory, dtype = fit.get("memory") or {}, fit.get("feature_dtype", "float32")
+    if "peak" not in memory and dtype == "float32":
+        return {}
+    place = "in host memory" if fit.get("store") == "host" else "on the device"
+    text = f"{_format_megabytes(memory['features'])} features ({dtype}, {place}), "
+    text += f"{_format_megabytes(memory['weights'])} weights"
+    if "peak" in memory:
+        text += f", {_format_megabytes(memory['peak'])} of the device at most"
+    return {"memory": text}
+
+
+def _format_megabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
 
 
 def _data_facts(task: Any) -> dict[str, str]:

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def send_to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on `device`.
-
-    A copy to a GPU is made while this process goes on: the tensor is pinned first, because the
-    driver waits for memory that is not.
-    """
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(kw_only=True)
@@ -62,6 +51,17 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory, from which a copy to the GPU does not block."""
         return self.map_tensors(lambda t: t.pin_memory())
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors of the batch, in an order of their own."""
+        tensors: list[Tensor] = []
+        self._map_tensors(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return tensors
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:
+        """Return the batch with other tensors, in the order of `tensors`."""
+        remaining = iter(tensors)
+        return self._map_tensors(lambda _: next(remaining))
 
     def flatten(self) -> Batch:
         """Flatten a day batch to `[G * N, ...]`, including padding; others are unchanged."""

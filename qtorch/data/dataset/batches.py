@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from qtorch.core.errors import ConfigError, unknown_name_message
-from qtorch.data.dataset.batch import Batch, send_to_device
+from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
+from qtorch.data.transfer import CopyStream, send_to_device
 
 Order = Literal["random", "sequential", "day", "day_sequential"]
 ORDERS: tuple[str, ...] = get_args(Order)
@@ -124,14 +125,10 @@ class BatchLoader:
         batches = (self._batch(order, device_order, step) for step in steps)
         if self.samples.store != "host":
             yield from batches
-            return
-        device_batches = map(self.samples.send_to_device, batches)
-        batch = next(device_batches, None)
-        while batch is not None:
-            # The next batch is copied to the device while the caller works on this one.
-            next_batch = next(device_batches, None)
-            yield batch
-            batch = next_batch
+        elif self.samples.device.type == "cuda":
+            yield from _prefetch(batches, self.samples.device)
+        else:
+            yield from _one_ahead(map(self.samples.send_to_device, batches))
 
     def _batch(self, order: Tensor, device_order: Tensor, step: int) -> Batch:
         rows = self.batch_rows(step)
@@ -173,6 +170,32 @@ class BatchLoader:
         self._resume = (int(state["epoch"]), int(state["step"]))
         self._step = int(state["step"])
         self.sampler.set_epoch(int(state["epoch"]))
+
+
+# -- batches of features in host memory ------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield each item after the next one has been made."""
+    item = next(items, None)
+    while item is not None:
+        next_item = next(items, None)
+        yield item
+        item = next_item
+
+
+def _prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Copy each batch to the GPU on a stream of its own, while the caller works on the one before.
+
+    Two batches are on the device at a time. The caller's stream waits for a copy when it is yielded
+    its batch, not the host.
+    """
+    stream = CopyStream(device)
+    pairs = ((batch, stream.send(batch.tensors())) for batch in batches)
+    for batch, copies in _one_ahead(pairs):
+        yield batch.with_tensors(copies.receive())
 
 
 # -- the batches of one of several ranks -----------------------------------------------------------

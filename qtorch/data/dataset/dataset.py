@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qtorch.core.configured import Configured, copy_attributes
 from qtorch.core.dates import as_stamp, last_instant, parse_period
-from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.errors import ConfigError, DataError, check_name, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.serial import Serializable, State
 from qtorch.core.terminal import html_summary
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 Segment: TypeAlias = tuple[Any, Any]
 TRAIN = "train"
+FEATURE_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @trust_subclasses
@@ -50,6 +51,8 @@ class DatasetH(Dataset):
     label's expression. Overlapping segments are an error unless `allow_overlap` is set.
     `prepare` passes `fetch_kwargs` to `handler.fetch`. `extras`: named tensors that accompany each
     sample, for networks that request them (`qtorch.data.Concepts` or a user's `Extra`).
+    `feature_dtype`: "float16" or "bfloat16" store the processed features in half the memory, on the
+    device or on the host; batches are float32 with the rounded values.
     """
 
     #: Windows of one day: TSDatasetH sets both for longer ones.
@@ -65,7 +68,10 @@ class DatasetH(Dataset):
         horizon: int | None = None,
         allow_overlap: bool = False,
         extras: Mapping[str, Any] | None = None,
+        feature_dtype: str = "float32",
     ) -> None:
+        check_name("feature_dtype", feature_dtype, FEATURE_DTYPES)
+        self.feature_dtype = str(feature_dtype)
         self.handler: DataHandler = _build_handler(handler)
         self.allow_overlap = allow_overlap
         self.segments = self._validate_segments(segments)
@@ -182,6 +188,7 @@ class DatasetH(Dataset):
             later_starts=self._later_segment_starts(name, end) if should_purge else (),
             learn=data_key == DK_L,
             extras=self.extras,
+            feature_dtype=getattr(torch, self.feature_dtype),
         )
 
     def _parse_segment(self, segment: Any) -> tuple[str, Segment]:
@@ -356,6 +363,7 @@ class TSDatasetH(DatasetH):
         horizon: int | None = None,
         allow_overlap: bool = False,
         extras: Mapping[str, Any] | None = None,
+        feature_dtype: str = "float32",
     ) -> None:
         check_fill(fillna_type)
         self.step_len = _check_step_len(step_len)
@@ -368,6 +376,7 @@ class TSDatasetH(DatasetH):
             horizon=horizon,
             allow_overlap=allow_overlap,
             extras=extras,
+            feature_dtype=feature_dtype,
         )
 
     def prepare(  # type: ignore[override]  # returns samplers, as in Qlib

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from qtorch.core.dates import as_stamp, last_instant
 from qtorch.core.errors import ConfigError, DataError, format_count, unknown_name_message
-from qtorch.data.dataset.batch import Batch, send_to_device
+from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.extras import Extra, Gatherable
 from qtorch.data.dataset.reweighter import Reweighter, validate_weights
+from qtorch.data.device_memory import free_bytes
 from qtorch.data.panel.columns import COLUMNS_AT_ONCE, Columns, PanelColumns, column_parts
 from qtorch.data.panel.gather import PackedColumns, check_fill
 from qtorch.data.panel.infinite import check_processed_columns
 from qtorch.data.panel.panel import coverage_dates, multi_index
 from qtorch.data.panel.view import View
+from qtorch.data.transfer import send_to_device
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,8 @@ class Samples:
     `storage_index`: (date row, instrument column) of each sample's window in the packed features,
     if they differ from `date` and `instrument`. `notes`: counts for logs and summaries, e.g. of
     purged samples. `extras`: named tensors that each batch has in its `extra`. `horizon`: calendar
-    rows that the labels look ahead, None if it is unknown or was not needed.
+    rows that the labels look ahead, None if it is unknown or was not needed. `feature_dtype`: the
+    dtype of packed features; batches are float32.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Samples:
         notes: Mapping[str, int] | None = None,
         extras: Mapping[str, Gatherable] | None = None,
         horizon: int | None = None,
+        feature_dtype: torch.dtype = torch.float32,
     ) -> None:
         check_fill(fill)
         if step_len < 1:
@@ -79,6 +83,7 @@ class Samples:
         self.target, self.raw_label, self.weight = target, raw_label, weight
         self.history = history
         self.step_len, self.fill = step_len, fill
+        self.feature_dtype = feature_dtype
         self.notes = dict(notes or {})
         self.extras = dict(extras or {})
         self.horizon = horizon
@@ -359,10 +364,14 @@ class Samples:
         if self._feature_pack is not None:
             return self._feature_pack
         assert self._columns is not None
-        feature_pack = self._columns.pack(device, history=self.history, step_len=self.step_len)
+        feature_pack = self._columns.pack(
+            device, history=self.history, step_len=self.step_len, dtype=self.feature_dtype
+        )
         if not feature_pack.is_checked:
             infinite = feature_pack.infinite_columns().tolist()
-            check_processed_columns(self._columns.names, infinite, "features")
+            check_processed_columns(
+                self._columns.names, infinite, "features", limit=_largest(self.feature_dtype)
+            )
             feature_pack.is_checked = True
         self._feature_pack = feature_pack
         return feature_pack
@@ -376,7 +385,7 @@ class Samples:
         if self._feature_pack is not None:
             return self._feature_pack.num_bytes
         assert self._columns is not None
-        return self._columns.num_bytes
+        return self._columns.num_bytes * self.feature_dtype.itemsize // torch.float32.itemsize
 
     def _too_large(self, device: torch.device) -> bool:
         """Whether the features do not fit; features already on the device need no more room."""
@@ -386,7 +395,7 @@ class Samples:
         if free is None or self._num_bytes() + CELL_BYTES * num_cells <= DEVICE_SHARE * free:
             return False
         if self._columns is not None:
-            return self._columns.find_shared_pack(device, self.history) is None
+            return self._columns.find_shared_pack(device, self.history, self.feature_dtype) is None
         return self.feature_pack.device != device
 
     @property
@@ -439,6 +448,7 @@ def build_samples(
     later_starts: Iterable[Any] = (),
     learn: bool = False,
     extras: Mapping[str, Extra] | None = None,
+    feature_dtype: torch.dtype = torch.float32,
 ) -> Samples:
     """Build the samples of a view between two dates, both inclusive.
 
@@ -482,6 +492,7 @@ def build_samples(
         notes=notes,
         extras={k: e.bind(view.calendar, view.instruments) for k, e in (extras or {}).items()},
         horizon=horizon or None,
+        feature_dtype=feature_dtype,
     )
 
 
@@ -634,10 +645,10 @@ class SampleTable:
         ]
 
 
+def _largest(dtype: torch.dtype) -> float | None:
+    """Return the largest number of a dtype that features may exceed; None for the others."""
+    return torch.finfo(dtype).max if dtype == torch.float16 else None
+
+
 def _single(values: Tensor) -> bool:
     return values.dim() == 2 and values.shape[1] == 1
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Return a GPU's free memory; None for the CPU, where the features are stored anyway."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

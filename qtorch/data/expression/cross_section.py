@@ -24,7 +24,7 @@ from qtorch.data.threads import map_threads
 
 DayKernel: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
-_CELLS = 2**17  # cells that a thread computes at once
+_CELLS, _DEVICE_CELLS = 2**17, 2**25  # cells that a thread, or a GPU, computes at once
 # A sum of squared deviations below this multiple of the sum of squares is a rounding error.
 _ROUNDING = 1e-28
 
@@ -129,7 +129,8 @@ def compute_day_step(
                 kernel(values, used, groups).masked_fill_(~used, torch.nan).to(step.dtype)
             )
 
-    num_rows = max(1, _CELLS // max(1, block.num_columns))
+    num_cells = _CELLS if block.device.type == "cpu" else _DEVICE_CELLS
+    num_rows = max(1, num_cells // max(1, block.num_columns))
     chunks = [slice(k, k + num_rows) for k in range(0, block.num_rows, num_rows)]
     map_threads(run, chunks, min(len(chunks), num_threads))
     return result

@@ -91,9 +91,12 @@ def _if_else(executor: Executor, step: Step) -> Tensor:
     condition = executor.get_value(step, 0)
     if condition.dtype != torch.bool:
         condition = condition != 0  # NaN is true, as in numpy
+    operands = (executor.get_operand(step, position) for position in (1, 2))
     left, right = (
-        torch.as_tensor(executor.get_operand(step, position)).to(condition.device, step.dtype)
-        for position in (1, 2)
+        each.to(step.dtype)
+        if isinstance(each, Tensor)
+        else condition.new_full((), each, dtype=step.dtype)
+        for each in operands
     )
     return executor.block.mask_outside_span(torch.where(condition, left, right), head=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -12,18 +13,25 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import DataError, ExpressionError
+from qtorch.data.device_memory import free_bytes
 from qtorch.data.expression import accumulation, elementwise, history, quantile, rolling
 from qtorch.data.expression.cross_section import check_result, compute_day_step
 from qtorch.data.expression.executor import Executor, Kernel
+from qtorch.data.expression.group_kernels import DeviceExecutor
 from qtorch.data.expression.operators import Function, get_operators
 from qtorch.data.expression.parser import Field, Node, field_name, parse, walk
 from qtorch.data.expression.plan import Plan, Stage, Step, make_plan
 from qtorch.data.expression.series import Block
 from qtorch.data.panel.panel import Panel, select_rows
 from qtorch.data.threads import map_threads
+from qtorch.data.transfer import BlockFetcher, send_to_device
 from qtorch.process.heartbeat import beat
 
+log = logging.getLogger(__name__)
+
 _COLUMNS = 48  # 48 float64 columns of 2500 rows take a megabyte, which fits into the CPU caches
+# The memory of a block of instruments on a GPU in float32 planes, and the share that it may take.
+MIN_PLANES, PLANES_PER_STEP, PLANES_PER_OUTPUT, MEMORY_SHARE = 512, 4, 2, 0.6
 MAX_STORED_BYTES = 2**30  # of values that comparisons of the instruments of a day hold at once
 KERNELS: dict[str, Kernel] = {
     **elementwise.KERNELS,
@@ -42,6 +50,7 @@ def evaluate(
     mask_bars: Panel | None = None,
     rows: slice | None = None,
     num_threads: int | None = None,
+    device: torch.device | str | None = None,
 ) -> Panel:
     """Evaluate expressions on bars and return a panel with the same calendar and instruments.
 
@@ -52,13 +61,16 @@ def evaluate(
     Operators that compare the instruments of a day (CSRank, ...) see those that `bars.mask` has on
     that day, and return NaN for the others.
 
-    bars: stored fields `[D, N, F]`, on the CPU or a GPU; the computation runs on their device.
+    bars: stored fields `[D, N, F]`, on the CPU or a GPU.
     out: a float32 tensor `[D, N, number of expressions]` of any strides that receives the
-    result; by default a new field-major tensor.
+    result; by default a new field-major tensor on the device of the bars.
     rows: the rows of the result; the others are only read by windows. By default all.
     mask_bars: bars with the same dates and fields, of further instruments that `Mask` may name.
     num_threads: number of Python threads on the CPU, each with one torch thread; by default
     torch's number of threads.
+    device: where to compute, by default the device of the bars. A GPU computes blocks of
+    instruments that fit into its free memory; the host copies the results of one while the GPU
+    computes the next. Results of a GPU equal those of the CPU up to rounding.
 
     Deliberate differences from Qlib: the standard deviation of a flat window is exactly 0
     (Qlib's rounding leaves 1e-9, which divided by 1e-12 gives 1e3 and more), and infinite values
@@ -81,12 +93,16 @@ def evaluate(
             f"out is {out.dtype} {tuple(out.shape)}; expected float32 {(d, n, len(texts))} "
             "(dates, instruments, expressions)."
         )
-    threads = _resolve_num_threads(num_threads, bars.device)
+    target = bars.device if device is None else torch.device(device)
+    threads = _resolve_num_threads(num_threads, target)
+    evaluation_class = _Evaluation if target.type == "cpu" else _DeviceEvaluation
     if d and n:
         first = 0
+        on_device = _move_bars(bars, target)
+        other_bars = None if mask_bars is None else _move_bars(mask_bars, target)
         for plan in _split_plan(nodes, len(bars.calendar) * n):
             part = out[:, :, first : first + plan.num_outputs]
-            _Evaluation(plan, bars, mask_bars, part, rows, threads).run()
+            evaluation_class(plan, on_device, other_bars, part, rows, threads).run()
             first += plan.num_outputs
     return result_bars.replace(values=out, fields=names)
 
@@ -136,15 +152,21 @@ class _Evaluation:
             dtype = self.plan.steps[at].dtype
             self.stored[at] = torch.empty((d, n), dtype=dtype, device=self.bars.device)
 
+        self.compute_blocks(stage)
+
+    def compute_blocks(self, stage: Stage) -> None:
+        """Compute the steps of a stage, block by block."""
+        n = len(self.bars.instruments)
+
         def run(span: tuple[int, int]) -> None:
             start, stop = span
             beat("features", columns=f"{stop}/{n}")
             with torch.no_grad():  # by thread
                 block = Block(self.bars, start, stop, self.mask_bars)
                 executor = Executor(block, self.plan, self.kernels, stage, self.stored)
-                executor.run(lambda k: self.out[:, start:stop, k], self.rows)
+                executor.run(self.out[:, start:stop], self.rows)
 
-        spans = _column_spans(n, self.bars.device)
+        spans = _column_spans(n, _COLUMNS)
         map_threads(run, spans, min(len(spans), self.num_threads))
 
     def run_day_steps(self, stage: Stage) -> None:
@@ -158,6 +180,91 @@ class _Evaluation:
             )
             for output in step.outputs:
                 self.out[:, :, output] = self.stored[at][self.rows or slice(None)]
+
+
+class _DeviceEvaluation(_Evaluation):
+    """The evaluation on a GPU, in blocks that fit into its free memory.
+
+    `out` may be in host memory: then a block is copied there while the next one is computed.
+    """
+
+    def run(self) -> None:
+        result = self.out
+        if len(self.plan.stages) == 1 or result.device == self.bars.device:
+            super().run()
+            return
+        # The stages write single columns, which would be slow in host memory.
+        d, n, f = result.shape
+        self.out = _new_storage(d, n, f, self.bars.device)
+        super().run()
+        result.copy_(self.out)
+
+    def compute_blocks(self, stage: Stage) -> None:
+        n = len(self.bars.instruments)
+        fetcher = None if self.out.device == self.bars.device else BlockFetcher(self.bars.device)
+        pending = _column_spans(n, self.block_width())[::-1]
+        while pending:
+            start, stop = pending.pop()
+            beat("features", columns=f"{stop}/{n}")
+            target = self.out[:, start:stop]
+            values = target if fetcher is None else self.allocate_block(target)
+            if not self.try_block(stage, start, stop, values):
+                middle = (start + stop) // 2
+                log.info("%d instruments need too much of the GPU's memory", stop - start)
+                pending += [(middle, stop), (start, middle)]
+            elif fetcher is not None:
+                fetcher.add(_match_layout(values, target), target)
+        if fetcher is not None:
+            fetcher.finish()
+
+    def allocate_block(self, target: Tensor) -> Tensor:
+        """Allocate the results of a block, by field: its copies read and write whole rows."""
+        d, n, f = target.shape
+        return _new_storage(d, n, f, self.bars.device)
+
+    def try_block(self, stage: Stage, start: int, stop: int, values: Tensor) -> bool:
+        """Compute a block; return False if the memory did not suffice and it can be divided."""
+        block = Block(self.bars, start, stop, self.mask_bars)
+        try:
+            with torch.no_grad():
+                executor = DeviceExecutor(block, self.plan, self.kernels, stage, self.stored)
+                executor.run(values, self.rows)
+        except torch.OutOfMemoryError:
+            if stop - start == 1:
+                raise
+            return False
+        return True
+
+    def block_width(self) -> int:
+        """Return how many instruments fit into the free memory at once."""
+        free = free_bytes(self.bars.device)
+        assert free is not None, "a GPU"
+        num_planes = MIN_PLANES + PLANES_PER_STEP * len(self.plan.steps)
+        num_planes += PLANES_PER_OUTPUT * self.plan.num_outputs
+        column_bytes = 4 * num_planes * len(self.bars.calendar)
+        return max(1, int(MEMORY_SHARE * free / column_bytes))
+
+
+def _match_layout(values: Tensor, target: Tensor) -> Tensor:
+    """Return values `[D, n, F]` laid out in the order of the dimensions of `target`."""
+    strides = target.stride()
+    order = sorted(range(3), key=lambda dim: -strides[dim])
+    return values.permute(order).contiguous().permute([order.index(dim) for dim in range(3)])
+
+
+def _move_bars(bars: Panel, device: torch.device) -> Panel:
+    """Return the bars on a device, their spans on the host, which decides by them."""
+    if bars.device == device and bars.spans.device.type == "cpu":
+        return bars
+    values = send_to_device(bars.values.permute(2, 0, 1), device).permute(1, 2, 0)
+    return Panel(
+        values,
+        bars.calendar,
+        bars.instruments,
+        bars.fields,
+        mask=send_to_device(bars.mask, device),
+        spans=bars.spans.cpu(),
+    )
 
 
 def _split_names(
@@ -233,9 +340,8 @@ def _check_independence(
 # -- blocks and threads ----------------------------------------------------------------------------
 
 
-def _column_spans(n: int, device: torch.device) -> list[tuple[int, int]]:
-    """Split the columns into blocks that fit into the CPU cache; larger blocks on a GPU."""
-    width = _COLUMNS if device.type == "cpu" else 1024
+def _column_spans(n: int, width: int) -> list[tuple[int, int]]:
+    """Split the columns into blocks of about the same size, at most `width`."""
     blocks = -(-n // width)
     edges = [round(k * n / blocks) for k in range(blocks + 1)]
     return list(pairwise(edges))

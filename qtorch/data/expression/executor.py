@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,12 +44,16 @@ class Executor:
             i for at in self.stage.steps for i in set(plan.steps[at].inputs)
         )
 
-    def run(self, out: Callable[[int], Tensor], rows: slice | None = None) -> None:
-        """Compute the steps and write the rows of output `k` (default: all) to `out(k)`."""
+    def for_block(self, block: Block, plan: Plan) -> Self:
+        """Return an executor of another plan on another block."""
+        return type(self)(block, plan, self.kernels)
+
+    def run(self, out: Tensor, rows: slice | None = None) -> None:
+        """Compute the steps and write the rows of output `k` (default: all) to `out[:, :, k]`."""
         for at in self.stage.steps:
             step = self.plan.steps[at]
             self._load_inputs(step)
-            targets = [out(output) for output in step.outputs]
+            targets = [out[:, :, output] for output in step.outputs]
             is_final = rows is None and targets and not step.consumers
             self._target = targets[0] if is_final else None
             value = self.kernels[step.operator](self, step)
@@ -112,14 +116,17 @@ class Executor:
         argument = step.arguments[position]
         assert isinstance(argument, int), argument
         if argument not in self._series:
-            key = (argument,)
-            self._series[argument] = Series(
-                self.block,
-                self._values[argument],
-                lambda *families: self.plan.get_windows(key, *families),
-                self.find_rows,
-            )
+            self._series[argument] = self.build_series(self._values[argument], (argument,))
         return self._series[argument]
+
+    def build_series(self, values: Tensor, key: Key) -> Series:
+        """Build the series of a step, whose windows have the given key in the plan."""
+        return Series(
+            self.block,
+            values,
+            lambda *families: self.plan.get_windows(key, *families),
+            self.find_rows,
+        )
 
     def get_pair(self, step: Step) -> Pair:
         """Return the pair of the first two arguments."""

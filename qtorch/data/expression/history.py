@@ -98,7 +98,7 @@ def _expanding_exponential_mean(executor: Executor, step: Step) -> Tensor:
     mean = weights @ aligned_values.masked_fill_(is_past_end, 0.0)
     row_in_span = (rows[:, None] - block.first).clamp(min=0)
     # As in pandas, one value in the window is enough, no matter how old it is.
-    has_value = series.rows.valid.cumsum(0) > 0
+    has_value = (series.rows.valid > 0).cumsum(0) > 0
     return mean.gather(0, row_in_span).masked_fill_(~has_value, torch.nan)
 
 
@@ -134,17 +134,16 @@ def _mask(executor: Executor, step: Step) -> Tensor:
     for bars in all_bars:
         names_by_lower = {i.lower(): i for i in bars.instruments}
         if name.value.lower() in names_by_lower:
-            other_bars = bars.select(instruments=[names_by_lower[name.value.lower()]])
+            place = list(bars.instruments).index(names_by_lower[name.value.lower()])
             break
     else:
         raise expression_error(
             name.span, unknown_name_message("instrument", name.value, block.bars.instruments)
         )
-    inner_block = Block(other_bars, start=0, stop=1, mask_bars=block.mask_bars)
-    inner_executor = Executor(inner_block, make_plan([node.arguments[0]]), executor.kernels)
-    column = torch.empty((block.num_rows, 1), device=block.device)
-    inner_executor.run(lambda _: column)
-    values = column.expand(-1, block.num_columns).contiguous()
+    inner_block = Block(bars, place, place + 1, mask_bars=block.mask_bars)
+    column = torch.empty((block.num_rows, 1, 1), device=block.device)
+    executor.for_block(inner_block, make_plan([node.arguments[0]])).run(column)
+    values = column[:, :, 0].expand(-1, block.num_columns).contiguous()
     return block.mask_outside_span(values.to(step.dtype), head=True)
 
 

@@ -6,7 +6,7 @@ Operators on one series share its sums, and series with the same missing values 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, wraps
 from typing import Any, TypeAlias
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qtorch.data.expression.parser import Field, field_name
 from qtorch.data.panel.panel import Panel, within_spans
+from qtorch.data.transfer import send_to_device
 
 
 class Block:
@@ -31,10 +32,12 @@ class Block:
         self.device = bars.device
         self.num_rows = len(bars.calendar)
         self.num_columns = stop - start
-        self.spans = bars.spans[start:stop].to(self.device)
-        self.first, self.last = self.spans[:, 0].contiguous(), self.spans[:, 1].contiguous()
-        self.is_full = bool(((self.first == 0) & (self.last == self.num_rows - 1)).all())
-        self._tail = int(self.last.min()) + 1 if self.num_columns else self.num_rows
+        spans = bars.spans[start:stop].cpu()
+        first, last = spans[:, 0], spans[:, 1]
+        self.is_full = bool(((first == 0) & (last == self.num_rows - 1)).all())
+        self._tail = int(last.min()) + 1 if self.num_columns else self.num_rows
+        self.spans = send_to_device(spans, self.device)
+        self.first = self.spans[:, 0].contiguous()
 
     @cached_property
     def rows(self) -> Tensor:
@@ -72,12 +75,12 @@ class Block:
         return (self.rows + 1 - self.first_rows(window)).clamp_(min=0)
 
     def mask_outside_span(self, values: Tensor, *, head: bool = False) -> Tensor:
-        """Set values after the span (with `head` also those before it) to NaN in place."""
+        """Set values `[..., D, n]` after the span to NaN in place, with `head` also before it."""
         if self.is_full:
             return values
         start = 0 if head else self._tail
         if start < self.num_rows:
-            values[start:] += self.span_mask[start:]
+            values[..., start:, :] += self.span_mask[start:]
         return values
 
     def as_numbers(self, values: Tensor) -> Tensor:
@@ -97,6 +100,12 @@ class Block:
         if self.is_full:
             return values
         return values + self.span_mask
+
+    def load_all(self, fields: Sequence[Field]) -> Tensor:
+        """Load several stored fields as a `[F, D, n]` tensor, as `load` does."""
+        names = [field_name(field, self.bars.fields) for field in fields]
+        columns = [self.bars.column(name)[:, self.start : self.stop] for name in names]
+        return self.mask_outside_span(torch.stack(columns).to(torch.float32), head=True)
 
 
 # -- rolling sums and extremes: each window is computed from shorter ones --------------------------

@@ -499,6 +499,7 @@ class Alpha158(AlphaHandler):
         fetch_orig: bool = True,
         source: Any = None,
         cache: bool | str | Path = False,
+        device: str = "cpu",
     ) -> None:
         loader = Alpha158DL(
             self._loader_config(label),
@@ -526,6 +527,7 @@ class Alpha158(AlphaHandler):
             fetch_orig=fetch_orig,
             source=source,
             cache=cache,
+            device=device,
         )
 
 
@@ -566,6 +568,7 @@ class Alpha360(AlphaHandler):
         fetch_orig: bool = True,
         source: Any = None,
         cache: bool | str | Path = False,
+        device: str = "cpu",
     ) -> None:
         loader = Alpha360DL(
             self._loader_config(label),
@@ -592,6 +595,7 @@ class Alpha360(AlphaHandler):
             fetch_orig=fetch_orig,
             source=source,
             cache=cache,
+            device=device,
         )
 
 

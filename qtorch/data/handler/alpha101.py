@@ -485,6 +485,7 @@ class Alpha101(AlphaHandler):
         fetch_orig: bool = True,
         source: Any = None,
         cache: bool | str | Path = False,
+        device: str = "cpu",
     ) -> None:
         loader = Alpha101DL(
             self._loader_config(label),
@@ -514,4 +515,5 @@ class Alpha101(AlphaHandler):
             fetch_orig=fetch_orig,
             source=source,
             cache=cache,
+            device=device,
         )

@@ -40,6 +40,7 @@ from qtorch.core.source_files import package_digest
 from qtorch.core.trust import StoredText
 from qtorch.data.expression.operators import get_operators
 from qtorch.data.handler.code_digest import code_digest, is_user_code
+from qtorch.data.handler.feature_device import current_feature_device
 from qtorch.data.handler.filter import DynamicFilter
 from qtorch.data.panel.infinite import is_infinity_allowed
 from qtorch.data.panel.stored_view import META, read_view, view_num_bytes, write_view
@@ -360,6 +361,7 @@ def feature_key(
             "span": span,
             "freq": freq,
             "infinite": is_infinity_allowed(),  # cached data is not checked again
+            "device": current_feature_device().type,  # a GPU rounds differently
         }
         key = digest(parts)
     except ConfigError as error:

@@ -17,6 +17,7 @@ from qtorch.core.session import session
 from qtorch.core.tables import as_pandas
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.handler.feature_cache import use_feature_cache
+from qtorch.data.handler.feature_device import check_feature_device, use_feature_device
 from qtorch.data.handler.fetch import (
     CS_ALL,
     CS_RAW,
@@ -47,7 +48,10 @@ class DataHandler(Configured, Serializable):
     a loader, its configuration, or a DataFrame. `source`: the source of the bars (a Source, its
     configuration, or a folder in Qlib's layout); None uses that of `qtorch.init`. `cache` stores
     the loader's features on disk and shares them with other tasks (True: in QTORCH_CACHE; or a
-    path; see `feature_cache`). `init_data=True` loads immediately (Qlib's default).
+    path; see `feature_cache`). `device` computes the features of expressions: "cpu", "cuda",
+    "cuda:1", or "auto" for the first GPU if there is one; the values of a GPU equal those of the
+    CPU up to rounding, and are then in host memory too. `init_data=True` loads immediately (Qlib's
+    default).
     `fetch_orig` exists for compatibility with Qlib: fetched frames are always copies. Infinite
     bars, or infinite values in a user's frame, raise a DataError with their location.
 
@@ -74,8 +78,10 @@ class DataHandler(Configured, Serializable):
         *,
         source: Any = None,
         cache: bool | str | Path = False,
+        device: str = "cpu",
     ) -> None:
         self.cache = cache
+        self.device = check_feature_device(device)
         self.instruments = instruments
         self.start_time = start_time
         self.end_time = end_time
@@ -124,7 +130,11 @@ class DataHandler(Configured, Serializable):
         return self._raw
 
     def _load(self, columns: Names | None) -> View:
-        with use_feature_cache(self.cache), infinity_policy(self._replaces_infinite()):
+        with (
+            use_feature_device(self.device),
+            use_feature_cache(self.cache),
+            infinity_policy(self._replaces_infinite()),
+        ):
             view = self.data_loader.view(
                 self.instruments,
                 self.start_time,
@@ -330,6 +340,7 @@ class DataHandlerLP(DataHandler):
         fetch_orig: bool = True,
         source: Any = None,
         cache: bool | str | Path = False,
+        device: str = "cpu",
     ) -> None:
         if process_type not in (self.PTYPE_A, self.PTYPE_I):
             valid_names = (self.PTYPE_A, self.PTYPE_I)
@@ -353,6 +364,7 @@ class DataHandlerLP(DataHandler):
             fetch_orig,
             source=source,
             cache=cache,
+            device=device,
         )
 
     def get_all_processors(self) -> list[Processor]:

@@ -23,6 +23,7 @@ from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression import evaluate, expression_fields
 from qtorch.data.expression.requirement import is_cross_sectional, join_reaches, max_reach
 from qtorch.data.handler.feature_cache import current_feature_cache, feature_key
+from qtorch.data.handler.feature_device import current_feature_device
 from qtorch.data.handler.filter import DynamicFilter, build_filters
 from qtorch.data.panel.columns import Columns, PanelColumns, instrument_major
 from qtorch.data.panel.frames import (
@@ -315,7 +316,14 @@ class QlibDataLoader(DataLoader):
         # Stored by instrument, so that packing needs no copy.
         out = instrument_major(span.stop - span.start, n, len(expressions))
         return PanelColumns(
-            evaluate(expressions, visible_bars, out=out, mask_bars=mask_bars, rows=span)
+            evaluate(
+                expressions,
+                visible_bars,
+                out=out,
+                mask_bars=mask_bars,
+                rows=span,
+                device=current_feature_device(),
+            )
         )
 
     def group_reach(self, group: str, expressions: Mapping[str, str]) -> tuple[int | None, int]:

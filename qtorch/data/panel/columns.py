@@ -6,7 +6,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Self
+from typing import Self, TypeAlias
 
 import pandas as pd
 import torch
@@ -28,6 +28,8 @@ DATE_BLOCK, INSTRUMENT_BLOCK = 32, 4
 # Columns of up to this size are copied when packed, so that their chain of element-wise
 # operations is applied once instead of to every batch.
 MAX_COPY_BYTES = 256 << 20
+# Instruments whose columns are float32 at a time, while they are packed in 16 bits.
+ROUNDED_AT_ONCE = 32
 # If an instrument's columns are adjacent, sixteen of them share a cache line: reading them together
 # costs hardly more than reading one.
 COLUMNS_AT_ONCE = 16
@@ -59,7 +61,7 @@ class Columns(ABC):
         self.instruments = instruments
         self._overrides = dict(overrides or {})
         self._chain = chain or Chain()
-        self._packs: dict[tuple[torch.device, int], weakref.ref[PackedColumns]] = {}
+        self._packs: dict[PackKey, weakref.ref[PackedColumns]] = {}
         if len(set(self.names)) != len(self.names):
             duplicates = duplicate_names(self.names)
             raise DataError(f"column names must be unique, got duplicates: {duplicates}.")
@@ -75,7 +77,9 @@ class Columns(ABC):
         """Return columns on the same storage with other names, overrides and chain."""
 
     @abstractmethod
-    def _pack(self, device: torch.device, history: Tensor | None, step_len: int) -> PackedColumns:
+    def _pack(
+        self, device: torch.device, history: Tensor | None, step_len: int, dtype: torch.dtype
+    ) -> PackedColumns:
         """Lay the columns out as `pack` describes, without looking for a shared pack."""
 
     @property
@@ -186,8 +190,9 @@ class Columns(ABC):
         *,
         history: Tensor | None = None,
         step_len: int = 1,
+        dtype: torch.dtype = torch.float32,
     ) -> PackedColumns:
-        """Lay the columns out for gathering windows, on `device`.
+        """Lay the columns out for gathering windows, on `device`, stored in `dtype`.
 
         `history [D, N]` bool marks the rows that exist; windows show the others as missing (None:
         all rows exist). Nothing is copied if the storage is on the device, laid out by instrument
@@ -198,19 +203,22 @@ class Columns(ABC):
         and history share one pack as long as one of them holds it.
         """
         target = torch.device(device)
-        existing = self.find_shared_pack(target, history)
+        existing = self.find_shared_pack(target, history, dtype)
         if existing is not None:
             return existing
-        packed_columns = self._pack(target, history, step_len)
+        packed_columns = self._pack(target, history, step_len, dtype)
         packed_columns.source_history = history
-        self._packs[_pack_key(target, history)] = weakref.ref(packed_columns)
+        self._packs[_pack_key(target, history, dtype)] = weakref.ref(packed_columns)
         return packed_columns
 
     def find_shared_pack(
-        self, device: torch.device, history: Tensor | None
+        self,
+        device: torch.device,
+        history: Tensor | None,
+        dtype: torch.dtype = torch.float32,
     ) -> PackedColumns | None:
         """Return the pack that a caller still holds and `pack` would share, or None."""
-        reference = self._packs.get(_pack_key(device, history))
+        reference = self._packs.get(_pack_key(device, history, dtype))
         packed_columns = reference() if reference is not None else None
         # The key has the identity of the history, which a new tensor may inherit from a freed one.
         is_same = packed_columns is not None and (
@@ -227,8 +235,11 @@ class Columns(ABC):
         return {**self.__dict__, "_packs": {}}
 
 
-def _pack_key(device: torch.device, history: Tensor | None) -> tuple[torch.device, int]:
-    return device, 0 if history is None else id(history)
+PackKey: TypeAlias = tuple[torch.device, int, torch.dtype]
+
+
+def _pack_key(device: torch.device, history: Tensor | None, dtype: torch.dtype) -> PackKey:
+    return device, 0 if history is None else id(history), dtype
 
 
 class PanelColumns(Columns):
@@ -286,22 +297,28 @@ class PanelColumns(Columns):
     def _write_block(self, names: Sequence[str], out: Tensor, rows: slice) -> None:
         self._write_columns(names, out.permute(1, 2, 0), rows)
 
-    def _write_columns(self, names: Sequence[str], out: Tensor, rows: slice) -> None:
-        """Write the raw columns of the dates `rows` into `out [D, N, K]` of any strides."""
+    def _write_columns(
+        self, names: Sequence[str], out: Tensor, rows: slice, part: slice = slice(None)
+    ) -> None:
+        """Write the raw columns of dates and instruments into `out [D, N, K]` of any strides."""
         column_pairs = [
             (k, self._panel.position(n)) for k, n in enumerate(names) if n not in self._overrides
         ]
         if column_pairs:
-            _copy_columns(self._panel.values[rows], out, column_pairs)
+            _copy_columns(self._panel.values[rows, part], out, column_pairs)
         for k, name in enumerate(names):
             if name in self._overrides:
-                out[:, :, k] = self._overrides[name][rows]
+                out[:, :, k] = self._overrides[name][rows, part]
 
     def _has_panel_columns(self) -> bool:
         """Whether the columns before the chain are exactly the panel's fields, in their order."""
         return not self._overrides and self.names == self._panel.fields
 
-    def _pack(self, device: torch.device, history: Tensor | None, step_len: int) -> PackedColumns:
+    def _pack(
+        self, device: torch.device, history: Tensor | None, step_len: int, dtype: torch.dtype
+    ) -> PackedColumns:
+        if dtype != torch.float32:
+            return self._pack_as_dtype(device, history, step_len, dtype)
         values = self._panel.values.permute(1, 0, 2)
         fused_chain = self._chain.compile(self.names, device)
         # Laid out by instrument, as a pack needs it.
@@ -329,6 +346,22 @@ class PanelColumns(Columns):
                 result = fused_chain(part)
                 if result is not part:  # else the chain has written in place
                     part.copy_(result)
+        return DensePackedColumns(out, history=rows, owns_values=True, storage=storage)
+
+    def _pack_as_dtype(
+        self, device: torch.device, history: Tensor | None, step_len: int, dtype: torch.dtype
+    ) -> PackedColumns:
+        """Store the results of the chain in another dtype."""
+        d, n, f = self.shape
+        fused_chain = self._chain.compile(self.names, device)
+        rows = History(history, (d, n), device)
+        storage = allocate_storage((n, d, f), device, rows, step_len, dtype)
+        out = storage[: n * d].view(n, d, f)
+        for first in range(0, n, ROUNDED_AT_ONCE):
+            part = slice(first, first + ROUNDED_AT_ONCE)
+            values = torch.empty(out[part].shape, device=device)
+            self._write_columns(self.names, values.permute(1, 0, 2), slice(0, d), part)
+            out[part] = fused_chain(values)
         return DensePackedColumns(out, history=rows, owns_values=True, storage=storage)
 
 

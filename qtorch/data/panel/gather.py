@@ -194,7 +194,8 @@ class DensePackedColumns(PackedColumns):
     may have room for them. Every window is then contiguous and a gather is one
     `index_select`, without any check that would make the host wait for the GPU (a window that ends
     at a row that does not exist, and is therefore no sample, is all NaN). Otherwise, or if that
-    would take too much memory, incomplete windows are filled in each batch.
+    would take too much memory, incomplete windows are filled in each batch. Values may be in 16
+    bits; windows are float32.
     """
 
     def __init__(
@@ -267,13 +268,14 @@ class DensePackedColumns(PackedColumns):
         count = self._flat.shape[0] - step_len + 1
         # A view of all windows, one a row, which overlap in memory.
         windows = self._flat.as_strided((count, step_len * f), (f, 1), self._flat.storage_offset())
-        return windows.index_select(0, first).view(-1, step_len, f)
+        return windows.index_select(0, first).view(-1, step_len, f).to(torch.float32)
 
     def _gather_by_row(self, date: Tensor, instrument: Tensor, step_len: int, fill: str) -> Tensor:
         """Gather windows row by row, with missing rows filled or NaN."""
         rows = self.history.rows(date, instrument, step_len, fill)
         flat_rows = instrument[:, None] * self.values.shape[1] + rows.clamp(min=0)
         x = self._flat.index_select(0, flat_rows.reshape(-1)).view(*rows.shape, -1)
+        x = x.to(torch.float32)
         return self.fused_chain(x).masked_fill_((rows < 0)[..., None], torch.nan)
 
     def _get_incomplete(self, step_len: int) -> Tensor:
@@ -343,7 +345,7 @@ class DensePackedColumns(PackedColumns):
     def to(self, device: torch.device, step_len: int = 1) -> PackedColumns:
         n, d, f = self.values.shape
         history = History(self.history.exists, (d, n), device)
-        storage = allocate_storage(self.values.shape, device, history, step_len)
+        storage = allocate_storage(self.values.shape, device, history, step_len, self.values.dtype)
         values = storage[: n * d].view(n, d, f)
         values.copy_(self.values)
         fused_chain = self.fused_chain.to(device)
@@ -368,16 +370,20 @@ class DensePackedColumns(PackedColumns):
 
 
 def allocate_storage(
-    shape: tuple[int, ...], device: torch.device, history: History, step_len: int
+    shape: tuple[int, ...],
+    device: torch.device,
+    history: History,
+    step_len: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Allocate the storage of values `[N, D, F]`, with room for filled windows of `step_len`."""
     n, d, f = shape
     num_rows = n * d
     if step_len > 1:
         extension = history.extension(step_len)
-        if extension.is_small(4 * f, num_rows):
+        if extension.is_small(dtype.itemsize * f, num_rows):
             num_rows += extension.num_rows
-    return torch.empty(num_rows, f, device=device)
+    return torch.empty(num_rows, f, device=device, dtype=dtype)
 
 
 def check_fill(fill: str) -> None:

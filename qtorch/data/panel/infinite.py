@@ -91,11 +91,21 @@ def describe_infinities(
     return f"{counts_text}, first {instruments[instrument]} on {calendar[date]:%Y-%m-%d}"
 
 
-def check_processed_columns(names: Iterable[str], infinite: Iterable[bool], source: str) -> None:
-    """Raise DataError if processed columns are `infinite`, i.e. hold an infinity."""
+def check_processed_columns(
+    names: Iterable[str], infinite: Iterable[bool], source: str, *, limit: float | None = None
+) -> None:
+    """Raise DataError if processed columns are `infinite`, i.e. hold an infinity.
+
+    With a `limit`, numbers beyond it have become infinite when they were stored.
+    """
     bad = list(compress(names, infinite))
     if bad:
         examples = ", ".join(bad[:8]) + (f", ... ({len(bad)} in all)" if len(bad) > 8 else "")
+        if limit is not None:
+            raise DataError(
+                f"values beyond {limit:g}, or infinite, in the {source}: {examples}. Normalise "
+                "them, or set feature_dtype=bfloat16, which has the range of float32."
+            )
         raise DataError(
             f"infinite values in the {source}: {examples}. Put ProcessInf before the other "
             "processors, or fix the expression (is it a division by zero?)."

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import DataError, unknown_name_message
+from qtorch.core.errors import ConfigError, DataError, unknown_name_message
 from qtorch.data.panel.columns import Columns
 from qtorch.data.panel.elementwise import Chain, FusedChain
 from qtorch.data.panel.gather import History, PackedColumns, check_fill
@@ -126,7 +126,15 @@ class WindowColumns(Columns):
             chain=chain,
         )
 
-    def _pack(self, device: torch.device, history: Tensor | None, step_len: int) -> PackedColumns:
+    def _pack(
+        self, device: torch.device, history: Tensor | None, step_len: int, dtype: torch.dtype
+    ) -> PackedColumns:
+        if dtype != torch.float32:
+            raise ConfigError(
+                f"feature_dtype={str(dtype).removeprefix('torch.')}: the windows of Alpha360 are "
+                "computed from six fields of float32 when they are gathered; leave feature_dtype "
+                "at float32."
+            )
         whole_fields = self.window_fields
         fields = list(whole_fields or self.fields)
         if PRICE not in fields:

@@ -335,6 +335,8 @@ def check_visible_gpus(options: TrainerOptions) -> None:
         return
     variable = os.environ.get("CUDA_VISIBLE_DEVICES")
     reason = "" if variable is None else f" (CUDA_VISIBLE_DEVICES={variable})"
+    if variable is not None and "MIG-" in variable:
+        reason += ", because CUDA shows one part of divided GPUs (MIG) to a process"
     raise ConfigError(
         f"trainer.devices is {options.arguments['devices']!r}, but this process sees "
         f"{num_visible} GPUs{reason}: use fewer devices, or make more of them visible."

@@ -48,21 +48,42 @@ def score_series(
     module = network if isinstance(network, pl.LightningModule) else None
     forward = ForwardAdapter(network)
     with torch.inference_mode(), evaluation_mode(network, device):
-        parts: list[Tensor] = []
-        masks: list[Tensor] = []
+        buffer = ScoreBuffer(len(samples), device)
         for batch_idx, batch in enumerate(loader):
             beat("scoring")
             score = forward(batch) if module is None else module.predict_step(batch, batch_idx)
             _check_scores(score, batch, network)
             if score.dim() > batch.date.dim():
                 score = score[..., 0] if readout is None else readout(score)
-            parts.append(score.flatten())
-            if batch.mask is not None:
-                masks.append(batch.mask.flatten())
-        scores = torch.cat(parts).float().cpu() if parts else torch.zeros(0)
-        if masks:  # all batches have one, or none has
-            scores = scores[torch.cat(masks).cpu()]
+            buffer.append(score, batch)
+        scores = buffer.fetch()
     return pd.Series(scores.numpy(), index=samples.index, name=SCORE)
+
+
+class ScoreBuffer:
+    """Scores of all samples in one tensor on the device, which is copied to the host once."""
+
+    def __init__(self, num_samples: int, device: torch.device) -> None:
+        # One place before the scores, from which samples count, and one after them for padding.
+        self._storage = torch.empty(1 + num_samples + 1, device=device)
+        self._count = 0
+
+    def append(self, scores: Tensor, batch: Batch) -> None:
+        """Write the scores of the next samples, in the order of the batch and without padding."""
+        remaining = self._storage[self._count :]
+        self._count += batch.num_samples
+        scores = scores.flatten().to(remaining.dtype)
+        if batch.mask is None:
+            remaining[1 : 1 + len(scores)] = scores
+            return
+        is_sample = batch.mask.flatten()
+        places = is_sample.cumsum(0).masked_fill_(~is_sample, len(remaining) - 1)
+        remaining.index_copy_(0, places, scores)
+
+    def fetch(self) -> Tensor:
+        """Return the scores on the host."""
+        assert self._count == len(self._storage) - 2, "every sample has a score"
+        return self._storage[1:-1].cpu()
 
 
 class ForwardAdapter:

@@ -441,6 +441,7 @@ class Training:
             "device": str(self.train.device),
             "devices": self.ranks.size,
             "store": self.train.store,
+            "feature_dtype": str(self.train.feature_dtype).removeprefix("torch."),
             "memory": self._describe_memory(),
             **describe_numerics(self.train.device),
             "inner_steps": self.loader.inner_steps,

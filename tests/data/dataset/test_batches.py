@@ -13,6 +13,7 @@ from qtorch.data.dataset.samples import Samples, build_samples
 from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.panel.panel import Panel
 from qtorch.data.panel.view import View
+from qtorch.data.transfer import CopyStream
 
 
 def make_samples(
@@ -162,6 +163,44 @@ def test_the_host_store_prefetches_the_same_batches():
     assert cells == expected_cells
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ["random", "day", "sequential"])
+def test_batches_of_host_memory_are_copied_ahead_of_their_use(order):
+    """The next batch is under way while one is used, and each is complete when it is used."""
+    samples = make_samples()
+    expected = list(BatchLoader(samples, order=order, batch_size=6))
+    host = samples.to("cuda", store="host")
+    gathered: list[int] = []
+    gather = host._gather
+    host._gather = lambda *args: gathered.append(len(gathered)) or gather(*args)  # type: ignore[method-assign]
+    torch.cuda.set_sync_debug_mode("error")
+    batches = []
+    try:
+        for step, batch in enumerate(BatchLoader(host, order=order, batch_size=6)):
+            assert len(gathered) == min(step + 2, len(expected))
+            assert batch.x.is_cuda
+            # Used on the default stream, as by a network.
+            batches.append(batch.with_tensors([tensor * 1 for tensor in batch.tensors()]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(batches) == len(expected)
+    for batch, other in zip(batches, expected, strict=True):
+        for tensor, expected_tensor in zip(batch.tensors(), other.tensors(), strict=True):
+            torch.testing.assert_close(
+                tensor.cpu(), expected_tensor * 1, rtol=0, atol=0, equal_nan=True
+            )
+        assert batch.num_samples == other.num_samples
+
+
+@pytest.mark.gpu
+def test_host_memory_may_be_reused_after_a_copy_has_been_received():
+    tensor = torch.arange(5.0)
+    pending = CopyStream(torch.device("cuda", 0)).send([tensor])
+    tensor.fill_(7)  # the copy is made from pinned memory
+    (copy,) = pending.receive()
+    assert (copy * 2).tolist() == [0, 2, 4, 6, 8]
+
+
 def test_all_tensors_of_a_batch_are_moved():
     batch = next(iter(BatchLoader(make_samples(), batch_size=4, pad_tail=True)))
     meta_batch = batch.to("meta")
@@ -172,6 +211,10 @@ def test_all_tensors_of_a_batch_are_moved():
     assert meta_batch.mask.is_meta
     assert meta_batch.num_samples == batch.num_samples
     assert batch.flatten() is batch
+    doubled = batch.with_tensors([tensor * 2 for tensor in batch.tensors()])
+    assert torch.equal(doubled.instrument, batch.instrument * 2)
+    assert torch.equal(doubled.x.nan_to_num(), (batch.x * 2).nan_to_num())
+    assert doubled.num_samples == batch.num_samples
 
 
 @pytest.mark.parametrize(

@@ -282,3 +282,17 @@ def test_min_and_max_time_of_segments() -> None:
     assert DatasetH.get_min_time(SEGMENTS) == "2020-01-01"
     assert DatasetH.get_max_time(SEGMENTS) == "2020-03-24"
     assert DatasetH.get_max_time({"a": ("2020-01-01", None)}) is None
+
+
+@pytest.mark.parametrize("kind", [DatasetH, TSDatasetH])
+def test_feature_dtype_is_that_of_the_stored_features(kind) -> None:
+    full, half = make_dataset(kind), make_dataset(kind, feature_dtype="bfloat16")
+    samples = half.samples("train")
+    rows = torch.arange(9)
+    x = samples.batch(rows).x
+    assert samples.feature_pack.values.dtype == torch.bfloat16
+    assert torch.equal(x, full.samples("train").batch(rows).x.bfloat16().float())
+    if kind is DatasetH:
+        pd.testing.assert_frame_equal(half.prepare("train"), full.prepare("train"))
+    with pytest.raises(ConfigError, match=r"feature_dtype 'float8'.*bfloat16"):
+        make_dataset(kind, feature_dtype="float8")

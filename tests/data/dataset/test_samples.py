@@ -292,6 +292,36 @@ def test_segments_that_share_a_pack_share_its_device_memory(monkeypatch):
     assert other_samples.to("cpu").store == "host"  # other features do not fit any more
 
 
+def test_16_bit_features_take_half_the_memory(monkeypatch):
+    view, raw = make_view()
+    full, half = (
+        build_samples(view, raw_label=raw, step_len=3, feature_dtype=dtype)
+        for dtype in (torch.float32, torch.float16)
+    )
+    rows = torch.arange(len(full))
+    assert torch.equal(half.batch(rows).x, full.batch(rows).x.half().float())
+    assert torch.equal(half.batch(rows).y, full.batch(rows).y)
+    assert half.num_feature_bytes < 0.6 * full.num_feature_bytes
+    # Half as much memory is enough to have them on the device.
+    view, raw = make_view()
+    free = (2 * 2 + CELL_BYTES) * D * N / 0.6 + 64
+    monkeypatch.setattr("qtorch.data.dataset.samples.free_bytes", lambda device: free)
+    stores = [
+        build_samples(view, raw_label=raw, feature_dtype=dtype).to("cpu").store
+        for dtype in (torch.float16, torch.float32)
+    ]
+    assert stores == ["device", "host"]
+
+
+def test_numbers_that_float16_does_not_hold_are_an_error():
+    view, raw = make_view({("F1", 3, 1): 1e5})
+    samples = build_samples(view, raw_label=raw, feature_dtype=torch.bfloat16)
+    assert samples.batch(torch.arange(4)).x.isfinite().all()
+    samples = build_samples(view, raw_label=raw, feature_dtype=torch.float16)
+    with pytest.raises(DataError, match=r"beyond 65504, or infinite, .*: F1\. .*bfloat16"):
+        samples.batch(torch.arange(4))
+
+
 @pytest.mark.gpu
 def test_batches_on_the_gpu_equal_those_of_the_cpu():
     view, raw = make_view()

@@ -242,3 +242,49 @@ def test_gpu_results_equal_cpu_results():
         is_close = (x - y).abs() <= 1e-4 * x.abs() + 1e-5 * scale
         is_equal = (x == y) | (x.isnan() & y.isnan()) | is_close
         assert is_equal.float().mean() >= 0.999, text
+
+
+@pytest.mark.gpu
+def test_gpu_waits_for_nothing_but_the_copy_of_its_results():
+    from scripts.parity.stress import stress_market
+
+    bars, (texts, names) = stress_market(16, 150), alpha158()
+    features, on_device = dict(zip(names, texts, strict=True)), bars.to("cuda")
+    features |= {"rank": "CSRank(Mean($close, 5))", "scale": "CSZScore($close)"}
+    on_device.spans = bars.spans  # the host decides by them
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = evaluate(features, on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.device.type == "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
+def test_gpu_computes_blocks_that_fit_and_copies_them_to_the_host(monkeypatch, order):
+    from qtorch.data.expression import evaluation as engine
+    from scripts.parity.stress import stress_market
+
+    bars = stress_market(30, 100)
+    texts = ["Mean($close, 5)", "Std($close, 5)", "Ref($close, 2)", "$close>$open"]
+    texts += ["CSRank(Mean($close, 3))"] if order[0] == 0 else []
+    cpu = evaluate(texts, bars).values
+    widths, run = [], engine.DeviceExecutor.run
+
+    def run_narrow(self, out, rows=None):
+        widths.append(out.shape[1])
+        if out.shape[1] > 8:
+            raise torch.OutOfMemoryError
+        run(self, out, rows)
+
+    monkeypatch.setattr(engine.DeviceExecutor, "run", run_narrow)
+    monkeypatch.setattr(engine._DeviceEvaluation, "block_width", lambda self: 15)
+    shape = [cpu.shape[k] for k in order]
+    out = torch.empty(shape).permute(*np.argsort(order).tolist())
+    panel = evaluate(texts, bars, out=out, device="cuda")
+    assert panel.values is out
+    assert max(widths) == 15
+    torch.testing.assert_close(out, cpu, rtol=1e-5, atol=1e-6, equal_nan=True)
+    rows = evaluate(texts, bars, device="cuda", rows=slice(10, 60)).values
+    torch.testing.assert_close(rows, out[10:60], rtol=1e-6, atol=1e-7, equal_nan=True)

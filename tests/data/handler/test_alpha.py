@@ -135,6 +135,8 @@ def test_alpha360_windows_equal_the_360_expressions(source) -> None:
     window_values = handler.fetch(col_set="feature", data_key="raw")
     assert list(window_values.columns) == names
     np.testing.assert_allclose(window_values, expression_values, rtol=1e-6)
+    with pytest.raises(ConfigError, match="six fields of float32"):
+        columns.pack(dtype=torch.bfloat16)
     # The first date's window reaches back before the start.
     first = window_values.loc["2015-06-01"]
     assert first["CLOSE59"].notna().any()

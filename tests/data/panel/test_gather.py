@@ -14,6 +14,7 @@ from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.samples import build_samples
 from qtorch.data.panel import gather
 from qtorch.data.panel.columns import PanelColumns
+from qtorch.data.panel.elementwise import Affine
 from qtorch.data.panel.frames import view_from_frame
 from qtorch.data.panel.gather import FILLS, DensePackedColumns
 from qtorch.data.panel.panel import Panel
@@ -210,3 +211,36 @@ def test_a_panel_pack_gathers_the_same_windows():
     pack = columns.pack("cpu", history=view.history)
     x = pack.gather(date, instrument, 1, "none")[:, 0]
     assert same(x, torch.tensor(frame["feature"].to_numpy(np.float32)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_16_bit_pack_gathers_the_rounded_values(dtype):
+    """Rounded once, after the chain; missing windows are filled and the rest is as in 32 bits."""
+    num_dates, num_instruments, step_len = 40, 70, 5
+    exists = (
+        torch.rand(num_dates, num_instruments, generator=torch.Generator().manual_seed(0)) > 0.1
+    )
+    panel = Panel(
+        torch.randn(num_dates, num_instruments, 3),
+        pd.date_range("2020-01-01", periods=num_dates),
+        [f"S{k}" for k in range(num_instruments)],
+        ["a", "b", "c"],
+    )
+    columns = PanelColumns(panel, ["c", "a"]).with_columns({"a": panel.column("b") * 3})
+    columns = columns.with_elementwise(["c", "a"], Affine(0.5, 3.0))
+    full = columns.pack(history=exists, step_len=step_len)
+    half = columns.pack(history=exists, step_len=step_len, dtype=dtype)
+    assert half is not full
+    assert columns.pack(history=exists, step_len=step_len, dtype=dtype) is half
+    date, instrument = torch.nonzero(exists, as_tuple=True)
+    for pack in (half, half.to(torch.device("cpu"), step_len)):
+        assert pack.values.dtype == dtype
+        assert pack.num_bytes <= full.num_bytes / 2 + 4096
+        for fill in FILLS:
+            expected = full.gather(date, instrument, step_len, fill).to(dtype).float()
+            assert same(pack.gather(date, instrument, step_len, fill), expected)
+            starts = pack.window_starts(date, instrument, step_len, fill)
+            assert starts is not None
+            windows = pack.windows(starts, step_len)
+            assert windows.dtype == torch.float32
+            assert same(windows, expected)

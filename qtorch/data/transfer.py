@@ -1,0 +1,79 @@
+"""Copies between host memory and a GPU that neither of them waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def send_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on `device`.
+
+    A copy to a GPU is made while this process goes on: the tensor is pinned first, because the
+    driver waits for memory that is not.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class CopyStream:
+    """A stream of a GPU for copies, which run while another stream computes.
+
+    The streams are ordered by events: what is used on one was finished on the other.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
+
+    def send(self, tensors: Sequence[Tensor]) -> PendingCopies:
+        """Start copies of tensors of the host to the device."""
+        with torch.cuda.stream(self._stream):
+            copies = [send_to_device(tensor, self.device) for tensor in tensors]
+            is_done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch
+            is_done.record(self._stream)
+        return PendingCopies(copies, is_done)
+
+
+class PendingCopies:
+    """Copies on the device that may still be under way."""
+
+    def __init__(self, copies: list[Tensor], is_done: torch.cuda.Event) -> None:
+        self._copies, self._is_done = copies, is_done
+
+    def receive(self) -> list[Tensor]:
+        """Return the copies: what the current stream does from now on waits for them."""
+        for copy in self._copies:
+            stream = torch.cuda.current_stream(copy.device)
+            stream.wait_event(self._is_done)
+            copy.record_stream(stream)  # its memory belongs to the stream of the copies
+        return self._copies
+
+
+class BlockFetcher:
+    """Copies finished blocks to host memory while the GPU computes the next one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
+        self._pending: tuple[Tensor, Tensor, torch.cuda.Event] | None = None
+
+    def add(self, values: Tensor, target: Tensor) -> None:
+        """Copy the block before this one; `values` become `target` later."""
+        is_computed = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch
+        is_computed.record(torch.cuda.current_stream(self._device))
+        self.finish()
+        self._pending = values, target, is_computed
+
+    def finish(self) -> None:
+        """Copy the last block, and wait for it."""
+        if self._pending is None:
+            return
+        values, target, is_computed = self._pending
+        self._pending = None
+        self._stream.wait_event(is_computed)
+        with torch.cuda.stream(self._stream):
+            target.copy_(values)
