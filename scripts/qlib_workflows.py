@@ -472,15 +472,16 @@ def main() -> int:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     paths = list(write_workflows(options.folder, write_market(options.folder)))
-    lines = []
+    failed = []
     for path in (p for p in paths if p.stem.startswith(tuple(options.names))):
         start = time.perf_counter()
         words = [*short_overrides(path.stem), "sweep.isolate=false", "log_level=WARNING"]
         code = run_qtorch(["run", str(path), *words])
-        lines.append(f"{path.stem:<24} {'ok' if code == 0 else 'FAILED'} ")
-        lines[-1] += f"{time.perf_counter() - start:.1f} s"
-    print("\n".join(lines))
-    return int(any("FAILED" in line for line in lines))
+        failed += [path.stem] if code else []
+        result = "FAILED" if code else "ok"
+        print(f"{path.stem:<24} {result:<6} {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"failed: {', '.join(failed)}" if failed else "all are ok")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
