@@ -3,9 +3,9 @@
     PYTHON scripts/workflows/models_in_qlib.py FOLDER [--epochs 1]
 
 PYTHON has pyqlib and qtorch. Writes a small market and two workflow files into FOLDER (an LSTM on
-windows of Alpha158, an MLP on days of Alpha360), runs them by the function of `qrun`, and trains
-one again with a reweighter. Then another process loads each model from Qlib's recorder and repeats
-its predictions. Prints one line for each; the exit code is 1 if a result is missing or
+windows of Alpha158, a GRU on the columns of Alpha360), runs them by the function of `qrun`, and
+trains one again with a reweighter. Then another process loads each model from Qlib's recorder and
+repeats its predictions. Prints one line for each; the exit code is 1 if a result is missing or
 differs.
 """
 
@@ -40,7 +40,7 @@ SPANS = {
 }
 NETWORKS: dict[str, dict[str, Any]] = {
     "LSTM-158-csi300": {"class": "LSTM", "kwargs": {"hidden_size": 16, "num_layers": 1}},
-    "MLP-360-csi300": {"class": "MLP", "kwargs": {"layers": [16]}},
+    "GRU-360-csi300": {"class": "GRU", "kwargs": {"d_feat": 6, "hidden_size": 16, "num_layers": 1}},
 }
 METRICS = ("IC", "Rank IC", "1day.excess_return_with_cost.annualized_return")
 
@@ -107,7 +107,7 @@ def init_qlib(folder: Path) -> None:
 
 def train_with_reweighter(folder: Path) -> dict[str, Any]:
     """Train by Qlib's task_train with a Reweighter of Qlib's; return how much it changed."""
-    name = "MLP-360-csi300"
+    name = "GRU-360-csi300"
     task = build_workflow(name, folder, 1)["task"]
     task["record"] = task["record"][:1]
     reweighter = LastHalf()
