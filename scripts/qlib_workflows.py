@@ -287,6 +287,7 @@ SETTINGS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "LightGBM-158": ("gbdt", "LGBModel", DAYS, TREES),
     "LightGBM-360": ("gbdt", "LGBModel", COLUMNS, TREES),
     "Linear-158": ("linear", "LinearModel", DAYS, {"estimator": "ols"}),
+    "Linear-360": ("linear", "LinearModel", COLUMNS, {"estimator": "ols"}),
 }
 
 
