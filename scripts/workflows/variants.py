@@ -314,7 +314,18 @@ def universe_with_filters(workflow: Workflow) -> None:
 
 @variant("LSTM-158-csi300")
 def records_alone(workflow: Workflow) -> None:
-    """One record as a mapping, without a module; a reference time of the label by name."""
+    """Records that are named without a module."""
+    for record in workflow["task"]["record"]:
+        del record["module_path"]
+    workflow["task"]["record"][2]["kwargs"]["config"]["executor"] = {
+        "class": "SimulatorExecutor",
+        "module_path": "qlib.backtest.executor",
+    }
+
+
+@variant("LSTM-158-csi300")
+def one_record(workflow: Workflow) -> None:
+    """One record as a mapping, without a module."""
     workflow["task"]["record"] = {"class": "SignalRecord", "kwargs": {}}
 
 
