@@ -66,13 +66,13 @@ def variant(base: str) -> Callable[[Callable[[Workflow], None]], Callable[[Workf
     return register
 
 
-def handler_of(workflow: Workflow) -> Workflow:
+def handler_config(workflow: Workflow) -> Workflow:
     """Return the configuration of the handler."""
     handler: Workflow = workflow["task"]["dataset"]["kwargs"]["handler"]
     return handler
 
 
-def model_of(workflow: Workflow) -> Workflow:
+def model_arguments(workflow: Workflow) -> Workflow:
     """Return the arguments of the model."""
     arguments: Workflow = workflow["task"]["model"]["kwargs"]
     return arguments
@@ -102,7 +102,7 @@ def configurable_dataset(workflow: Workflow) -> None:
             ],
         },
     }
-    model_of(workflow)["num_boost_round"] = 5
+    model_arguments(workflow)["num_boost_round"] = 5
 
 
 @variant("LightGBM-158-csi300")
@@ -113,7 +113,7 @@ def multi_frequency(workflow: Workflow) -> None:
         "1min": workflow["qlib_init"]["provider_uri"],
     }
     workflow["qlib_init"] |= {"dataset_cache": None, "maxtasksperchild": None}
-    handler = handler_of(workflow)
+    handler = handler_config(workflow)
     handler |= {"class": "Avg15minHandler", "module_path": "multi_freq_handler.py"}
     handler["kwargs"] |= {
         "end_time": "2010-01-29 15:00:00",
@@ -138,7 +138,7 @@ def high_frequency_tree(workflow: Workflow) -> None:
         "module_path": "qlib.contrib.model.highfreq_gdbt_model",
         "kwargs": {"objective": "binary", "metric": ["binary_logloss", "auc"], "num_leaves": 15},
     }
-    handler_of(workflow)["kwargs"]["freq"] = "day"
+    handler_config(workflow)["kwargs"]["freq"] = "day"
     module = "qlib.workflow.record_temp"
     workflow["task"]["record"] = [
         {"class": name, "module_path": module, "kwargs": {}}
@@ -147,7 +147,7 @@ def high_frequency_tree(workflow: Workflow) -> None:
 
 
 @variant("LightGBM-158-csi300")
-def enhanced_indexing(workflow: Workflow) -> None:
+def portfolio_optimizer(workflow: Workflow) -> None:
     """A portfolio by an optimizer with a risk model on disk, as examples/portfolio."""
     config = workflow["task"]["record"][2]["kwargs"]["config"]
     config["strategy"]["class"] = "EnhancedIndexingStrategy"
@@ -156,11 +156,11 @@ def enhanced_indexing(workflow: Workflow) -> None:
         "dataset": "<DATASET>",
         "riskmodel_root": "./riskdata",
     }
-    model_of(workflow)["num_boost_round"] = 5
+    model_arguments(workflow)["num_boost_round"] = 5
 
 
 @variant("LightGBM-158-csi300")
-def nested_execution(workflow: Workflow) -> None:
+def executor_of_minutes(workflow: Workflow) -> None:
     """An executor of days around one of minutes."""
     config = workflow["task"]["record"][2]["kwargs"]["config"]
     inner = {
@@ -190,14 +190,14 @@ def simulator_executor(workflow: Workflow) -> None:
         "module_path": "qlib.backtest.executor",
         "kwargs": {"time_per_step": "day", "generate_portfolio_metrics": True},
     }
-    model_of(workflow)["num_boost_round"] = 5
+    model_arguments(workflow)["num_boost_round"] = 5
 
 
 @variant("Linear-158-csi500")
 def dynamic_baseline_linear(workflow: Workflow) -> None:
     """The ridge regression of benchmarks_dynamic, which uses all instruments."""
-    model_of(workflow).update(estimator="ridge", alpha=0.05)
-    handler_of(workflow)["kwargs"]["instruments"] = "all"
+    model_arguments(workflow).update(estimator="ridge", alpha=0.05)
+    handler_config(workflow)["kwargs"]["instruments"] = "all"
 
 
 @variant("TabNet-158-csi300")
@@ -205,15 +205,15 @@ def tabnet_with_segments_of_pretraining(workflow: Workflow) -> None:
     """TabNet with the segments of its pretraining, which are those of its training."""
     segments = workflow["task"]["dataset"]["kwargs"]["segments"]
     segments |= {"pretrain": SEGMENTS["train"], "pretrain_validation": SEGMENTS["valid"]}
-    model_of(workflow).update(seed=993, n_epochs=1, pretrain_n_epochs=1, batch_size=512)
+    model_arguments(workflow).update(seed=993, n_epochs=1, pretrain_n_epochs=1, batch_size=512)
 
 
 @variant("TRA-158-csi300")
 def tra_full(workflow: Workflow) -> None:
     """TRA on all columns, with every argument of its file."""
-    handler_of(workflow)["kwargs"]["infer_processors"].pop(0)
-    model_of(workflow)["model_config"]["input_size"] = 158
-    model_of(workflow).update(
+    handler_config(workflow)["kwargs"]["infer_processors"].pop(0)
+    model_arguments(workflow)["model_config"]["input_size"] = 158
+    model_arguments(workflow).update(
         logdir="output/Alpha158_full",
         seed=0,
         init_state=None,
@@ -227,7 +227,7 @@ def tra_full(workflow: Workflow) -> None:
 @variant("HIST-360-csi300")
 def hist_without_files(workflow: Workflow) -> None:
     """HIST with the files that Qlib downloads."""
-    model_of(workflow).update(
+    model_arguments(workflow).update(
         model_path="benchmarks/LSTM/model_lstm_csi300.pkl",
         stock2concept="benchmarks/HIST/qlib_csi300_stock2concept.npy",
         stock_index="benchmarks/HIST/qlib_csi300_stock_index.npy",
@@ -237,7 +237,7 @@ def hist_without_files(workflow: Workflow) -> None:
 @variant("GATs-158-csi300")
 def gats_with_weights(workflow: Workflow) -> None:
     """GATs from the weights of an LSTM in a file."""
-    model_of(workflow).update(
+    model_arguments(workflow).update(
         with_pretrain=True, model_path="benchmarks/LSTM/csi300_lstm_ts.pkl", n_jobs=20
     )
 
@@ -247,16 +247,16 @@ def tcts_with_labels(workflow: Workflow) -> None:
     """TCTS with its three labels and the second one as its target."""
     labels = ["Ref($close, -1) / $close - 1"]
     labels += [f"Ref($close, -{k + 1}) / Ref($close, -{k}) - 1" for k in (1, 2)]
-    handler_of(workflow)["kwargs"]["label"] = labels
+    handler_config(workflow)["kwargs"]["label"] = labels
 
 
 @variant("MLP-158-csi300")
 def mlp_processors(workflow: Workflow) -> None:
     """The multilayer perceptron with its processors: one column less, gaps filled by day."""
     workflow["task"]["model"]["kwargs"] |= {"max_steps": 4, "eval_steps": 2, "batch_size": 512}
-    model_of(workflow)["pt_model_kwargs"] = {"input_dim": 157}
+    model_arguments(workflow)["pt_model_kwargs"] = {"input_dim": 157}
     column = {"class": "DropCol", "kwargs": {"col_list": ["VWAP0"]}}
-    handler_of(workflow)["kwargs"] |= {
+    handler_config(workflow)["kwargs"] |= {
         "process_type": "independent",
         "infer_processors": [
             column,
@@ -274,7 +274,7 @@ def mlp_processors(workflow: Workflow) -> None:
 @variant("GeneralPTNN-GRU-csi300")
 def general_gru_to_mlp(workflow: Workflow) -> None:
     """GeneralPTNN with the multilayer perceptron on rows instead of windows."""
-    model_of(workflow).update(
+    model_arguments(workflow).update(
         pt_model_uri="qlib.contrib.model.pytorch_nn.Net",
         pt_model_kwargs={"input_dim": 20, "layers": [20]},
     )
@@ -309,7 +309,7 @@ def universe_with_filters(workflow: Workflow) -> None:
             "filter_end_time": end,
         },
     ]
-    handler_of(workflow)["kwargs"]["instruments"] = {"market": "csi300", "filter_pipe": pipe}
+    handler_config(workflow)["kwargs"]["instruments"] = {"market": "csi300", "filter_pipe": pipe}
 
 
 @variant("LSTM-158-csi300")
@@ -332,8 +332,8 @@ def one_record(workflow: Workflow) -> None:
 @variant("ALSTM-360-csi300")
 def handler_of_vwap(workflow: Workflow) -> None:
     """A variant of Alpha360 whose label is of the average prices."""
-    handler_of(workflow)["class"] = "Alpha360vwap"
-    del handler_of(workflow)["kwargs"]["label"]
+    handler_config(workflow)["class"] = "Alpha360vwap"
+    del handler_config(workflow)["kwargs"]["label"]
 
 
 @variant("Linear-158-csi300")

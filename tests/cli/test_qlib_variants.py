@@ -24,7 +24,7 @@ from qlib_workflows import write_market  # noqa: E402
 REFUSED = {
     "multi_frequency": r"cannot load a module from 'multi_freq_handler.py': no such file",
     "high_frequency_tree": r"task\.model: .*HFLGBModel is not available: .* the nearest is",
-    "nested_execution": r"config\.executor: .*NestedExecutor is not available: .* the nearest is",
+    "executor_of_minutes": r"executor: .*NestedExecutor is not available: .* the nearest is",
     "temporal_fusion_transformer": r"task\.model: tft\.TFTModel is not available: .*TensorFlow",
 }
 

@@ -190,8 +190,8 @@ def test_a_task_with_qlibs_names_is_trained_in_one_or_two_phases(make_task, qlib
     recorder = task_train(task, "names of qlib")
     assert recorder.list_metrics() == expected_metrics
     assert recorder.load_object("task")["record"][0]["_target_"] == "qtorch.record.SignalRecord"
-    begun = begin_task_train(task, "names of qlib")
-    assert end_task_train(begun).list_metrics() == expected_metrics
+    first_phase = begin_task_train(task, "names of qlib")
+    assert end_task_train(first_phase).list_metrics() == expected_metrics
 
 
 @pytest.fixture

@@ -148,9 +148,10 @@ def render_template(file: Path) -> str:
 
 def _optional_variables(tree: nodes.Template) -> set[str]:
     """Return the variables that have a default, or that the template itself tests."""
-    tested = [part.test for part in tree.find_all((nodes.If, nodes.CondExpr))]
-    tested += [f.node for f in tree.find_all(nodes.Filter) if f.name in ("default", "d")]
-    return {part.name for part in tested if isinstance(part, nodes.Name)}
+    parts: list[nodes.Node | None] = [part.test for part in tree.find_all(nodes.If)]
+    parts += [part.test for part in tree.find_all(nodes.CondExpr)]
+    parts += [f.node for f in tree.find_all(nodes.Filter) if f.name in ("default", "d")]
+    return {part.name for part in parts if isinstance(part, nodes.Name)}
 
 
 def _read_text(file: Path) -> str:

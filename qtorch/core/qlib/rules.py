@@ -107,9 +107,10 @@ def set_pretraining(context: Context) -> None:
     context.set("module.pretrain_epochs", epochs)
 
     def remove_segments(dataset: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
-        segments = dataset.get("segments") or {}
-        kept = {k: v for k, v in segments.items() if k not in PRETRAINING_SEGMENTS}
-        return {**dataset, "segments": kept}
+        segments = dict(dataset.get("segments") or {})
+        for name in PRETRAINING_SEGMENTS:
+            segments.pop(name, None)
+        return {**dataset, "segments": segments}
 
     origin = "the segments pretrain and pretrain_validation of TabNet"
     context.notes.move("dataset", "segments", None, origin, remove_segments, is_needed=False)
