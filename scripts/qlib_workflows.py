@@ -4,8 +4,9 @@
     python scripts/qlib_workflows.py FOLDER LSTM GRU   run those whose names begin so
 
 The settings (networks, columns, batches, dates) are those of Qlib's examples/benchmarks, in a
-compact table; the market has their names (csi300, csi500, SH000300) and their dates. Each workflow
-is trained for one epoch on a short span, and its scores, IC and portfolio are stored in MLflow.
+compact table; the market has their names (csi300, csi500, their indices) and their dates. Each
+workflow is trained for one epoch on a short span, and its scores, IC and portfolio are stored in
+MLflow.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 
 WINDOWS, DAYS, COLUMNS = "windows of Alpha158", "days of Alpha158", "Alpha360"
-MARKETS = ("csi300", "csi500")
+MARKETS = {"csi300": "SH000300", "csi500": "SH000905"}  # the universes and their indices
 LABEL = "Ref($close, -{}) / Ref($close, -1) - 1"
 TRAINING = {"loss": "mse", "early_stop": 10, "n_epochs": 200, "GPU": 0}
 FEATURES_20 = (
@@ -287,6 +289,7 @@ SETTINGS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "LightGBM-158": ("gbdt", "LGBModel", DAYS, TREES),
     "LightGBM-360": ("gbdt", "LGBModel", COLUMNS, TREES),
     "Linear-158": ("linear", "LinearModel", DAYS, {"estimator": "ols"}),
+    "Linear-360": ("linear", "LinearModel", COLUMNS, {"estimator": "ols"}),
 }
 
 
@@ -320,7 +323,7 @@ def build_workflow(name: str, provider_uri: str) -> dict[str, Any]:
         "task": {
             "model": model,
             "dataset": build_dataset(title, data, handler),
-            "record": build_records(),
+            "record": build_records(MARKETS[market]),
         },
     }
 
@@ -368,7 +371,7 @@ def build_dataset(title: str, data: str, handler: Mapping[str, Any]) -> dict[str
     return {"class": name, "module_path": module, "kwargs": kwargs}
 
 
-def build_records() -> list[dict[str, Any]]:
+def build_records(benchmark: str) -> list[dict[str, Any]]:
     """Return the records of the benchmarks."""
     strategy = {
         "class": "TopkDropoutStrategy",
@@ -379,7 +382,7 @@ def build_records() -> list[dict[str, Any]]:
         "start_time": "2017-01-01",
         "end_time": "2020-08-01",
         "account": 100000000,
-        "benchmark": "SH000300",
+        "benchmark": benchmark,
         "exchange_kwargs": {
             "limit_threshold": 0.095,
             "deal_price": "close",
@@ -413,6 +416,8 @@ def write_market(folder: Path, *, num_instruments: int = 24) -> Path:
         for k, name in enumerate(frame.index.levels[1])
     }
     frame.index = frame.index.set_levels([names[n] for n in frame.index.levels[1]], level=1)
+    index = frame.xs("SH000300", level=1, drop_level=False)
+    frame = pd.concat([frame, index.rename({"SH000300": "SH000905"}, level=1)]).sort_index()
     members = [name for name in names.values() if name != "SH000300"]
     whole, parted = (
         [("2008-01-01", "2020-09-25")],
@@ -472,15 +477,16 @@ def main() -> int:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     paths = list(write_workflows(options.folder, write_market(options.folder)))
-    lines = []
+    failed = []
     for path in (p for p in paths if p.stem.startswith(tuple(options.names))):
         start = time.perf_counter()
         words = [*short_overrides(path.stem), "sweep.isolate=false", "log_level=WARNING"]
         code = run_qtorch(["run", str(path), *words])
-        lines.append(f"{path.stem:<24} {'ok' if code == 0 else 'FAILED'} ")
-        lines[-1] += f"{time.perf_counter() - start:.1f} s"
-    print("\n".join(lines))
-    return int(any("FAILED" in line for line in lines))
+        failed += [path.stem] if code else []
+        result = "FAILED" if code else "ok"
+        print(f"{path.stem:<24} {result:<6} {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"failed: {', '.join(failed)}" if failed else "all are ok")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -69,14 +69,24 @@ def _parent_packages(module: str) -> Iterator[ModuleType]:
 
 
 def load_module(path: str | ModuleType) -> ModuleType:
-    """Import a module by name or by the path of a `.py` file; a module is returned unchanged."""
+    """Import a module by name or by the path of a `.py` file; a module is returned unchanged.
+
+    Raises ConfigError if there is no such module, or if it imports Qlib, which is not installed.
+    """
     if isinstance(path, ModuleType):
         return path
-    if path.endswith(".py"):
-        return _module_of_file(Path(path))
     try:
+        if path.endswith(".py"):
+            return _module_of_file(Path(path))
         return importlib.import_module(path)
     except ModuleNotFoundError as error:
+        missing = str(error.name)
+        if missing.partition(".")[0] == "qlib" != path.partition(".")[0]:
+            raise ConfigError(
+                f"the module {path!r} imports {missing!r}, but Qlib is not installed. If its names "
+                "are to be qtorch's classes, write at the top of the module: import "
+                "qtorch.compat.qlib as names; names.install()."
+            ) from error
         if error.name is None or not (path + ".").startswith(error.name + "."):
             raise  # the module exists, but one of its imports does not
         raise ConfigError(f"no module named {path!r} ({error.name!r} was not found).") from error

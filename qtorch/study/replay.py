@@ -29,6 +29,7 @@ REPLAY_EQUAL_TAG, REPLAY_GUARANTEE_TAG = "replay.equal", "replay.guarantee"
 MODEL, SCORES = "params.pkl", "pred.pkl"
 MAX_NAMES = 3
 SYSTEM = "system/"  # prefix of the system metrics that MLflow measures
+REPORT = "report."  # prefix of a report's metrics; `qtorch report` adds them to a finished run
 SOURCE = "source of "
 # Parts of an environment that may be None (unknown), and how messages refer to them.
 # Guarantees of a replay, the strongest first.
@@ -218,8 +219,10 @@ def _compare_weights(original: Recorder, run: Recorder) -> ResultCheck:
 
 def _compare_metrics(original: Recorder, run: Recorder) -> ResultCheck:
     """Compare each step of each metric; NaN equals NaN."""
-    names = sorted({*original.list_metrics(), *run.list_metrics()})
-    names = [n for n in names if not n.startswith(SYSTEM)]
+    metrics = [original.list_metrics(), run.list_metrics()]
+    has_report = [any(n.startswith(REPORT) for n in each) for each in metrics]
+    ignored = (SYSTEM,) if all(has_report) else (SYSTEM, REPORT)
+    names = [n for n in sorted({*metrics[0], *metrics[1]}) if not n.startswith(ignored)]
     if not names:
         return ResultCheck("metrics", None, "the run has none")
     count, largest, is_close = 0, 0.0, True

@@ -14,6 +14,8 @@ import pandas as pd
 from qtorch.core.dates import as_stamp, last_instant
 from qtorch.core.errors import ConfigError, QtorchError, unknown_name_message
 from qtorch.core.instantiate import flatten_dict, init_instance_by_config
+from qtorch.core.plain import resolve_config
+from qtorch.core.qlib.translation import translate_task
 from qtorch.metrics.signal import calc_ic
 from qtorch.model.base import BaseModel
 from qtorch.record.signal import SignalRecord, finite_metrics, ic_figures
@@ -97,6 +99,7 @@ def rolling_study(
     the metric `window.IC`. Raises StudyError if windows failed; their runs, and the study's run,
     store the reason.
     """
+    task = translate_task(resolve_config(task))
     # The stitched signal stands for the scores of a SignalRecord.
     check_task({**task, "record": _add_signal_record(task.get("record"))}, check_device=False)
     base = complete_task(task)

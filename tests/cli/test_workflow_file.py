@@ -95,6 +95,17 @@ def test_a_variable_that_is_not_in_the_environment_is_empty_and_named(file, monk
     assert "variables BARS are not in the environment" in caplog.text
 
 
+def test_a_variable_with_a_default_or_that_the_template_tests_is_not_missed(tmp_path, caplog):
+    path = tmp_path / "w.yaml"
+    path.write_text(
+        "qlib_init: {provider_uri: {{ BARS_FOLDER | default('bars') }}}\n"
+        "task: {{ '{' }}{% if NUM_STEPS %}step_len: {{ NUM_STEPS }},{% endif %} model: 1}\n"
+    )
+    document = read_workflow(path).document
+    assert document == {"qlib_init": {"provider_uri": "bars"}, "task": {"model": 1}}
+    assert not caplog.records
+
+
 def test_a_base_file_is_updated_key_by_key(file):
     (file.parent / "sub").mkdir()
     child = file.parent / "sub" / "child.yaml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pickle
 import pkgutil
 
@@ -14,7 +15,7 @@ from qtorch.backtest.strategy import Strategy
 from qtorch.core.configured import Configured
 from qtorch.core.errors import ConfigError, TrustError
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.core.names import current_name, import_path
+from qtorch.core.names import current_name, import_object, import_path
 from qtorch.core.session import session_context
 from qtorch.core.trust import StoredText, as_stored_text, check_config_trust, load_pickle, locate
 from qtorch.data import DataHandlerLP, SyntheticSource, TSDatasetH
@@ -90,3 +91,17 @@ def test_trust_rule_holds_for_the_object_that_an_old_name_stands_for():
 
 def test_pickle_names_the_class_by_its_module():
     assert load_pickle(pickle.dumps(Strategy), is_trusted=True) is Strategy
+
+
+@pytest.mark.skipif(importlib.util.find_spec("qlib") is not None, reason="Qlib is installed")
+def test_a_module_that_imports_qlib_without_qlib_says_how_to_import_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "from qlib.data.dataset.loader import QlibDataLoader\n"
+    for name in ("handler_of_qlib_file", "handler_of_qlib_module"):
+        (tmp_path / f"{name}.py").write_text(text)
+    for name in ("handler_of_qlib_file.py", "handler_of_qlib_module"):
+        with pytest.raises(ConfigError, match=rf"{name}' imports 'qlib'.*qtorch\.compat\.qlib"):
+            import_object("QlibDataLoader", name)
+    with pytest.raises(ConfigError, match="no module named 'qlib'"):
+        import_object("qlib.data.dataset.loader.QlibDataLoader")

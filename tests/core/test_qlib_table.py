@@ -19,6 +19,7 @@ from qtorch.core.qlib.table import (
     RULE_KINDS,
     Entry,
     find_entry,
+    load_imports,
     load_table,
     model_arguments,
     rule_targets,
@@ -177,6 +178,16 @@ def test_a_package_of_qlib_exports_the_classes_of_its_modules():
     assert "n_jobs" in model_arguments()
 
 
+def test_a_class_is_found_in_the_modules_that_import_it():
+    entry = find_entry(
+        "qlib.contrib.data.handler.DataHandlerLP"
+    )  # the path of RD-Agent's templates
+    assert entry is not None
+    assert entry.target == "qtorch.data.DataHandlerLP"
+    assert set(load_imports().values()) <= set(load_table())
+    assert not set(load_imports()) & set(load_table())
+
+
 @pytest.mark.parametrize(
     ("config", "error", "text"),
     [
@@ -216,3 +227,23 @@ def test_the_golden_signatures_are_those_of_real_qlib(tmp_path):
     script = ROOT / "scripts" / "parity" / "qlib_signatures.py"
     subprocess.run([os.environ["QTORCH_QLIB_PYTHON"], script, file], check=True, cwd=tmp_path)
     assert json.loads(file.read_text()) == golden()
+
+
+@pytest.mark.qlib
+def test_the_imports_of_the_table_are_those_of_real_qlib():
+    program = """
+import importlib, json, sys
+for name, source in json.load(sys.stdin).items():
+    module, _, title = name.rpartition(".")
+    value = getattr(importlib.import_module(module), title)
+    if f"{value.__module__}.{title}" != source:
+        print("wrong:", name)
+"""
+    result = subprocess.run(
+        [os.environ["QTORCH_QLIB_PYTHON"], "-c", program],
+        input=json.dumps(load_imports()),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert not [line for line in result.stdout.splitlines() if line.startswith("wrong:")]

@@ -196,3 +196,36 @@ def test_notes_are_collected_and_mappings_merged():
     assert set_path({"a": {"b": 1}}, "a", {"c": 2}) == {"a": {"b": 1, "c": 2}}
     assert set_path({"a": {"b": 1}}, "a", {"_target_": "x"}) == {"a": {"_target_": "x"}}
     assert set_path({}, "a.b.c", 1) == {"a": {"b": {"c": 1}}}
+
+
+def test_the_executor_of_a_record_stays_a_mapping_of_the_backtest():
+    executor = {
+        "class": "SimulatorExecutor",
+        "module_path": "qlib.backtest.executor",
+        "kwargs": {"time_per_step": "day", "generate_portfolio_metrics": True},
+    }
+    record = {
+        "class": "PortAnaRecord",
+        "module_path": "qlib.workflow.record_temp",
+        "kwargs": {"config": {"executor": executor}},
+    }
+    task = translate_task({"record": [record]})
+    assert task["record"][0]["config"]["executor"] == {
+        "class": "SimulatorExecutor",
+        "kwargs": {"time_per_step": "day", "generate_portfolio_metrics": True},
+    }
+    assert translate_task(task) == task  # a job's task is translated again when it is trained
+    executor["class"] = "NestedExecutor"
+    with pytest.raises(ConfigError, match=r"^record\[0\].*executor: .*no nested execution"):
+        translate_task({"record": [record]})
+
+
+def test_the_segments_of_tabnets_pretraining_are_those_of_its_training(caplog):
+    task = model_task("pytorch_tabnet.TabnetModel", pretrain=True)
+    segments = task["dataset"]["kwargs"]["segments"]
+    expected_segments = dict(segments)
+    segments |= {"pretrain": segments["train"], "pretrain_validation": segments["train"]}
+    assert translate_task(task)["dataset"]["segments"] == expected_segments
+    caplog.clear()
+    translate_config(task["model"])
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

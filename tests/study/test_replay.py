@@ -16,6 +16,7 @@ from qtorch.study.replay import (
     Guarantee,
     Replay,
     ResultCheck,
+    _compare_metrics,
     _compare_scores,
     compare_environments,
     find_guarantee,
@@ -120,6 +121,24 @@ def test_scores_are_compared_with_their_missing_values(store, left, right, equal
     check = _compare_scores(*runs)
     assert check.equal is equal
     assert detail in check.detail
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "equal"),
+    [
+        ({"IC": 0.1, "report.turnover": 1.0}, {"IC": 0.1}, True),  # reported after the training
+        ({"IC": 0.1, "report.turnover": 1.0}, {"IC": 0.1, "report.turnover": 2.0}, False),
+        ({"IC": 0.1, "report.turnover": 1.0}, {"IC": 0.2}, False),
+        ({"IC": 0.1}, {}, False),
+    ],
+)
+def test_metrics_of_a_later_report_are_not_compared(store, left, right, equal):
+    runs = []
+    for metrics in (left, right):
+        with R.start(experiment_name="metrics"):
+            runs.append(R.get_recorder())
+            runs[-1].log_metrics(**metrics)
+    assert _compare_metrics(*runs).equal is equal
 
 
 @pytest.mark.slow

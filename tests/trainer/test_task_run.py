@@ -6,6 +6,7 @@ import copy
 import pickle
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,3 +182,24 @@ def test_live_model_and_dataset_are_used_directly(make_task):
     assert recorder.status == Recorder.STATUS_FI
     assert model.random_number is not None
     assert recorder.list_params()["model.value"] == "1.0"
+
+
+def test_a_task_with_qlibs_names_is_trained_in_one_or_two_phases(make_task, qlib_records):
+    task = make_task(record=qlib_records)
+    expected_metrics = task_train(make_task(), "own names").list_metrics()
+    recorder = task_train(task, "names of qlib")
+    assert recorder.list_metrics() == expected_metrics
+    assert recorder.load_object("task")["record"][0]["_target_"] == "qtorch.record.SignalRecord"
+    first_phase = begin_task_train(task, "names of qlib")
+    assert end_task_train(first_phase).list_metrics() == expected_metrics
+
+
+@pytest.fixture
+def qlib_records() -> list[dict[str, Any]]:
+    module = "qlib.workflow.record_temp"
+    placeholders = {"model": "<MODEL>", "dataset": "<DATASET>"}
+    analysis = {"ana_long_short": False, "ann_scaler": 252}
+    return [
+        {"class": "SignalRecord", "module_path": module, "kwargs": placeholders},
+        {"class": "SigAnaRecord", "module_path": module, "kwargs": analysis},
+    ]

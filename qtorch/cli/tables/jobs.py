@@ -138,7 +138,9 @@ def _data_facts(task: Any) -> dict[str, str]:
         f"{name} {str(span[0])[:10]}..{str(span[1])[:10]}"
         for name, span in (dataset.get("segments") or {}).items()
     ]
-    data = f"{_source_name(task)}, {handler.get('instruments')}"
+    arguments = handler.get("kwargs") or handler
+    name = _source_name(task) or handler.get("class") or handler.get("_target_") or "data"
+    data = ", ".join(str(part) for part in (name, arguments.get("instruments")) if part)
     if is_made_market(task):
         data += " (a made market with a signal in it: no real one has such figures)"
     return {"data": data, "segments": ", ".join(spans)}

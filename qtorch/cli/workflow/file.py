@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import TemplateError, meta
+from jinja2 import TemplateError, meta, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
 from qtorch.core.errors import ConfigError, TrustError, unknown_name_message
@@ -126,8 +126,9 @@ def render_template(file: Path) -> str:
     text = _read_text(file)
     environment = SandboxedEnvironment(autoescape=False, keep_trailing_newline=True)
     try:
-        names = meta.find_undeclared_variables(environment.parse(text))
-        missing = sorted(names - os.environ.keys())
+        tree = environment.parse(text)
+        names = meta.find_undeclared_variables(tree)
+        missing = sorted(names - os.environ.keys() - _optional_variables(tree))
         if missing:
             log.warning(
                 "%s: the template's variables %s are not in the environment: they are empty.",
@@ -143,6 +144,14 @@ def render_template(file: Path) -> str:
             f"{place}: cannot render the template (jinja2): {error}. Text with {{{{ or {{% that is "
             "no template stands between {% raw %} and {% endraw %}."
         ) from error
+
+
+def _optional_variables(tree: nodes.Template) -> set[str]:
+    """Return the variables that have a default, or that the template itself tests."""
+    parts: list[nodes.Node | None] = [part.test for part in tree.find_all(nodes.If)]
+    parts += [part.test for part in tree.find_all(nodes.CondExpr)]
+    parts += [f.node for f in tree.find_all(nodes.Filter) if f.name in ("default", "d")]
+    return {part.name for part in parts if isinstance(part, nodes.Name)}
 
 
 def _read_text(file: Path) -> str:

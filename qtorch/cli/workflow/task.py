@@ -16,6 +16,7 @@ from qtorch.core.session import set_defaults
 from qtorch.core.trust import StoredText, as_stored_text
 
 SOURCE = "qtorch.data.QlibSource"
+RECORDS = "qlib.workflow.record_temp"  # the module of a record that is named alone
 OWN_CLASSES = "qtorch."
 REGION_RECORDS = ("SigAnaRecord", "PortAnaRecord", "MultiPassPortAnaRecord")
 _LOCATION = re.compile(r"^((?:task|qlib_init)[\w.\[\]]*): ")
@@ -35,6 +36,8 @@ def translate_workflow(
     if not is_stored:
         add_folders(settings.get(SYSTEM))
     options = init_options(settings, own_notes)
+    if task.get("record"):
+        task = {**task, "record": _add_module(task["record"])}
     try:
         translated = translate_task(task, own_notes, "task")
     except QtorchError as error:
@@ -67,6 +70,18 @@ def add_folders(section: Any) -> None:
             raise ConfigError(f"sys: the folder {folder!r} of a stored workflow is not used.")
         if folder not in sys.path:
             sys.path.append(str(folder))
+
+
+def _add_module(record: Any) -> Any:
+    """Add Qlib's module of records to those that are named without a module, as Qlib does."""
+    if isinstance(record, list):
+        return [_add_module(part) for part in record]
+    if isinstance(record, str):
+        return record if "." in record else f"{RECORDS}.{record}"
+    has_bare_name = isinstance(record, Mapping) and "." not in str(record.get("class", "."))
+    if has_bare_name and not record.get("module_path"):
+        return {**record, "module_path": RECORDS}
+    return record
 
 
 def _add_source(dataset: Any, source: Mapping[str, Any]) -> Any:

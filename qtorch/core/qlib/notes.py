@@ -14,13 +14,22 @@ Part = dict[str, Any]
 
 @dataclass(frozen=True)
 class Move:
-    """An argument of one part of a task that belongs to another part here."""
+    """An argument of one part of a task that belongs to another part here.
+
+    `is_needed`: a part that is translated alone lacks it.
+    """
 
     part: str
     path: str
     value: Any
     origin: str
     apply: Callable[[Mapping[str, Any], Mapping[str, Any]], Part]
+    is_needed: bool = True
+
+    @property
+    def warning(self) -> str:
+        """What the user should do where the move is not possible."""
+        return f"{self.origin} belongs to the {self.part} here: set {self.path} there"
 
 
 @dataclass
@@ -57,6 +66,7 @@ class Notes:
         value: Any,
         origin: str,
         apply: Callable[[Mapping[str, Any], Mapping[str, Any]], Part] | None = None,
+        is_needed: bool = True,
     ) -> None:
         """Note an argument that belongs to another part of the task.
 
@@ -66,7 +76,7 @@ class Notes:
         def set_value(config: Mapping[str, Any], task: Mapping[str, Any]) -> Part:
             return set_path(config, path, value)
 
-        self._moves.append(Move(part, path, value, origin, apply or set_value))
+        self._moves.append(Move(part, path, value, origin, apply or set_value, is_needed))
 
     def take_moves(self) -> list[Move]:
         """Return the moves and forget them."""
@@ -76,7 +86,8 @@ class Notes:
     def log_all(self) -> None:
         """Log the notes: what is ignored in one line."""
         for move in self.take_moves():
-            self.warn(f"{move.origin} belongs to the {move.part} here: set {move.path} there")
+            if move.is_needed:
+                self.warn(move.warning)
         if self.ignored:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.ignored.items())
             log.info("arguments of Qlib's without a meaning here: %s.", reasons)

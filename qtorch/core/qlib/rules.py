@@ -10,12 +10,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qtorch.core.errors import ConfigError
+from qtorch.core.qlib.names import NAME_KEYS, qlib_name
 from qtorch.core.qlib.notes import Notes, set_path
 from qtorch.core.qlib.table import Entry, find_entry
 from qtorch.core.session import map_paths, resolve_path
 
 PLACEHOLDERS = ["<MODEL>", "<DATASET>"]
 PREDICTION = "<PRED>"
+PRETRAINING_SEGMENTS = ("pretrain", "pretrain_validation")
+EXECUTOR = "SimulatorExecutor"
 BENCHMARK = "SH000300"  # that of Qlib's backtest if none is set
 INSTRUMENTS = 300  # of a day in Qlib's benchmarks, to count days for a number of samples
 
@@ -102,6 +105,15 @@ def set_pretraining(context: Context) -> None:
     """The number of epochs of TabNet's pretraining, 0 without it."""
     epochs = context.get("pretrain_n_epochs") if context.get("pretrain") else 0
     context.set("module.pretrain_epochs", epochs)
+
+    def remove_segments(dataset: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
+        segments = dict(dataset.get("segments") or {})
+        for name in PRETRAINING_SEGMENTS:
+            segments.pop(name, None)
+        return {**dataset, "segments": segments}
+
+    origin = "the segments pretrain and pretrain_validation of TabNet"
+    context.notes.move("dataset", "segments", None, origin, remove_segments, is_needed=False)
     if epochs:
         context.notes.change(
             "TabNet is pretrained on the segments train and valid, not on segments of their own"
@@ -234,11 +246,20 @@ def set_portfolio(context: Context) -> None:
     parts = {k: v for k, v in config.items() if k != "executor"}
     settings = context.translate(parts, context.notes, location)
     if config.get("executor") is not None:
-        settings["executor"] = config["executor"]  # a mapping of the backtest, read by it
+        settings["executor"] = _translate_executor(config["executor"], context, location)
     backtest = dict(settings.get("backtest") or context.parameters["backtest"])
     backtest.setdefault("benchmark", BENCHMARK)
     settings["backtest"] = backtest
     context.set("config", settings)
+
+
+def _translate_executor(executor: Any, context: Context, location: str) -> Any:
+    """Return the executor's mapping, which the backtest reads itself; other classes are refused."""
+    name = qlib_name(executor)
+    if name is None or not name.endswith(f".{EXECUTOR}") or not isinstance(executor, Mapping):
+        return context.translate(executor, context.notes, f"{location}.executor")
+    arguments = {k: v for k, v in executor.items() if k not in (*NAME_KEYS, "module_path")}
+    return {"class": EXECUTOR, **arguments}
 
 
 def set_provider(context: Context) -> None:

@@ -1,6 +1,7 @@
 """The table of Qlib's names: for each class and function what it is here, or why it is nothing.
 
-The table is data: the files of `tables/`, by subject. A file has `classes`, `refused` and `groups`.
+The table is data: the files of `tables/`, by subject. A file has `classes`, `refused` and `groups`;
+`imports` names the other modules that have a class too, because they import it.
 
 An entry of `classes` has
 - `target`: the class or function here, or `refused`: why there is none, and what comes nearest;
@@ -59,10 +60,9 @@ class Entry:
 @cache
 def load_table() -> dict[str, Entry]:
     """Read the table, by Qlib's full names."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, if installed
     table: dict[str, Entry] = {}
     for path in sorted(TABLES.glob("*.yaml")):
-        document = yaml.load(path.read_text(encoding="utf-8"), loader)
+        document = _read_table(path)
         groups = document.get("groups", {})
         for name, content in document.get("classes", {}).items():
             options = dict(content)
@@ -73,6 +73,23 @@ def load_table() -> dict[str, Entry]:
         for refusal in document.get("refused", ()):
             table |= {n: Entry(n, refused=refusal["reason"]) for n in refusal["names"]}
     return table
+
+
+@cache
+def load_imports() -> dict[str, str]:
+    """Read which names of Qlib's modules are classes of other modules, which they import."""
+    names: dict[str, str] = {}
+    for path in sorted(TABLES.glob("*.yaml")):
+        for name, modules in _read_table(path).get("imports", {}).items():
+            names |= {f"{module}.{name.rpartition('.')[2]}": name for module in modules}
+    return names
+
+
+@cache
+def _read_table(path: Path) -> dict[str, Any]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, if installed
+    document: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), loader)
+    return document
 
 
 @cache
@@ -87,9 +104,11 @@ def find_entry(name: str) -> Entry | None:
 
     `qlib.contrib.strategy.TopkDropoutStrategy` is the class of the same name in a module of that
     package; of several modules the one with the shortest name counts (`pytorch_lstm`, not
-    `pytorch_lstm_ts`).
+    `pytorch_lstm_ts`). A class is also found in the modules that import it
+    (`qlib.contrib.data.handler.DataHandlerLP`).
     """
     table = load_table()
+    name = load_imports().get(name, name)
     if name in table:
         return table[name]
     package, _, title = name.rpartition(".")

@@ -205,10 +205,10 @@ def translate_task(
     }
     for move in own_notes.take_moves():
         part = translated.get(move.part)
-        if not isinstance(part, Mapping):
-            own_notes.warn(f"{move.origin} belongs to the {move.part} here: set {move.path} there")
-            continue
-        translated[move.part] = move.apply(part, translated)
+        if isinstance(part, Mapping):
+            translated[move.part] = move.apply(part, translated)
+        elif move.is_needed:
+            own_notes.warn(move.warning)
     if notes is None:
         own_notes.log_all()
     return translated

@@ -28,6 +28,7 @@ from qtorch.data.panel.column_names import DATE_COLUMNS, INSTRUMENT_COLUMNS
 from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.panel.panel import NAMES, Panel
 from qtorch.data.panel.view import FLAT, View, join_views
+from qtorch.data.panel.window_columns import StoredWindowColumns, count_window_steps
 
 LEVEL_COLUMNS = (*DATE_COLUMNS, *INSTRUMENT_COLUMNS)
 
@@ -72,7 +73,8 @@ def view_from_frame(frame: pd.DataFrame) -> View:
         adjacent = positions == list(range(positions[0], positions[-1] + 1))
         values = by_field[positions[0] : positions[-1] + 1] if adjacent else by_field[positions]
         part = panel.replace(values=values.permute(1, 2, 0), fields=[names[k] for k in positions])
-        columns_by_group[group] = PanelColumns(part)
+        is_window = count_window_steps(part.fields) > 1
+        columns_by_group[group] = StoredWindowColumns(part) if is_window else PanelColumns(part)
     return View(columns_by_group, panel.mask, panel.mask)
 
 

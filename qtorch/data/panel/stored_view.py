@@ -20,7 +20,7 @@ from qtorch.core.errors import DataError
 from qtorch.data.panel.columns import Columns, PanelColumns
 from qtorch.data.panel.panel import Panel
 from qtorch.data.panel.view import View
-from qtorch.data.panel.window_columns import WindowColumns
+from qtorch.data.panel.window_columns import StoredWindowColumns, WindowColumns
 
 FORMAT = 2  # since 2: checksums
 INSTRUMENTS_PER_WRITE = 64
@@ -132,7 +132,7 @@ def _write_columns(
             "lead": columns.lead,
         }
     else:
-        entry["kind"] = "panel"
+        entry["kind"] = "rows" if isinstance(columns, StoredWindowColumns) else "panel"
     values = panel.values.permute(1, 0, 2)  # by instrument, so that packing needs no copy
     infinite = torch.zeros(len(panel.fields), dtype=torch.bool)
     with (folder / entry["file"]).open("wb") as file:
@@ -168,8 +168,9 @@ def _read_columns(
         mask=torch.from_numpy(arrays[f"mask{number}"]),
         spans=torch.from_numpy(arrays[f"spans{number}"]),
     )
-    if entry["kind"] == "panel":
-        return PanelColumns(panel, entry["names"], finite_fields=frozenset(entry["finite"]))
+    if entry["kind"] != "windows":
+        kind = StoredWindowColumns if entry["kind"] == "rows" else PanelColumns
+        return kind(panel, entry["names"], finite_fields=frozenset(entry["finite"]))
     return WindowColumns(
         panel,
         entry["names"],

@@ -1,14 +1,15 @@
-"""Alpha360 as normalised windows of six raw fields, without its 360 columns."""
+"""Columns that are windows: Alpha360 of six raw fields, and frames that hold its 360 columns."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from qtorch.core.errors import ConfigError, DataError, unknown_name_message
-from qtorch.data.panel.columns import Columns
+from qtorch.data.panel.columns import Columns, PanelColumns
 from qtorch.data.panel.elementwise import Chain, FusedChain
 from qtorch.data.panel.gather import History, PackedColumns, check_fill
 from qtorch.data.panel.panel import Panel
@@ -282,9 +283,82 @@ class WindowPackedColumns(PackedColumns):
         return self.fused_chain(x.index_select(1, self._columns))
 
 
+class StoredWindowColumns(PanelColumns):
+    """Columns of a frame whose names are those of windows: `CLOSE59 .. CLOSE0, OPEN59, ...`.
+
+    Alpha360 as Qlib computes it, or as a file holds it. Batches gather `[B, T, F]` windows, as
+    from `WindowColumns`, as long as the fields are complete.
+    """
+
+    def window_shape(self, step_len: int) -> tuple[int, int]:
+        num_steps = count_window_steps(self.names)
+        if step_len == 1 and num_steps > 1:
+            return num_steps, len(self.names) // num_steps
+        return super().window_shape(step_len)
+
+    def _derive(
+        self, names: Sequence[str], overrides: Mapping[str, Tensor], chain: Chain
+    ) -> StoredWindowColumns:
+        return StoredWindowColumns(
+            self._panel, names, overrides=overrides, chain=chain, finite_fields=self._finite_fields
+        )
+
+    def _pack(self, device: torch.device, history: Tensor | None, step_len: int) -> PackedColumns:
+        rows = super()._pack(device, history, step_len)
+        num_steps = count_window_steps(self.names)
+        return rows if num_steps == 1 else StoredWindowPack(rows, num_steps)
+
+
+class StoredWindowPack(PackedColumns):
+    """Packed rows of complete windows, which are gathered as windows for `step_len` 1."""
+
+    def __init__(self, rows: PackedColumns, num_steps: int) -> None:
+        self._rows, self._num_steps = rows, num_steps
+        self.values, self.history, self.fused_chain = rows.values, rows.history, rows.fused_chain
+
+    def window_shape(self, step_len: int) -> tuple[int, int]:
+        num_columns = int(self.values.shape[2])
+        if step_len == 1:
+            return self._num_steps, num_columns // self._num_steps
+        return step_len, num_columns
+
+    def gather(
+        self, date: Tensor, instrument: Tensor, step_len: int = 1, fill: str = "none"
+    ) -> Tensor:
+        x = self._rows.gather(date, instrument, step_len, fill)
+        if step_len > 1:
+            return x
+        return x.view(len(x), -1, self._num_steps).transpose(1, 2).contiguous()  # [B, T, F]
+
+    def to(self, device: torch.device, step_len: int = 1) -> PackedColumns:
+        return StoredWindowPack(self._rows.to(device, step_len), self._num_steps)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._rows.num_bytes
+
+    def infinite_columns(self) -> Tensor:
+        return self._rows.infinite_columns()
+
+
+def count_window_steps(names: Sequence[str]) -> int:
+    """Return T if the names are windows of T steps (`CLOSE1, CLOSE0, OPEN1, OPEN0`), or 1."""
+    match = re.fullmatch(r"(.*?\D)(\d+)", names[0]) if names else None
+    num_steps = int(match[2]) + 1 if match else 1
+    if num_steps == 1 or len(names) % num_steps:
+        return 1
+    ending = str(num_steps - 1)
+    fields = [name.removesuffix(ending) for name in names[::num_steps]]
+    return num_steps if list(names) == _step_names(fields, num_steps) else 1
+
+
 def window_names(fields: Sequence[str], num_steps: int) -> list[str]:
     """Return the column names of windows, field by field, the oldest day first: `CLOSE59`, ..."""
-    return [f"{field.upper()}{step}" for field in fields for step in reversed(range(num_steps))]
+    return _step_names([field.upper() for field in fields], num_steps)
+
+
+def _step_names(fields: Sequence[str], num_steps: int) -> list[str]:
+    return [f"{field}{step}" for field in fields for step in reversed(range(num_steps))]
 
 
 def _normaliser(field: str) -> str:
