@@ -10,6 +10,8 @@ if TYPE_CHECKING:
         EnhancedIndexingStrategy as EnhancedIndexingStrategy,
     )
     from qtorch.backtest.exchange import Exchange as Exchange
+    from qtorch.backtest.order import Order as Order
+    from qtorch.backtest.order import OrderDir as OrderDir
     from qtorch.backtest.positions import Position as Position
     from qtorch.backtest.positions import Positions as Positions
     from qtorch.backtest.result import BacktestResult as BacktestResult
