@@ -18,6 +18,7 @@ from qtorch.core.errors import (
     TaskResultError,
     TaskStoreError,
     TaskTimeout,
+    check_name,
     format_count,
 )
 from qtorch.core.plain import resolve_config
@@ -162,6 +163,34 @@ class TaskManager:
     def insert_task_def(self, task_def: Mapping[str, Any]) -> str:
         """Create one task; return its id (that of an existing task with an equal definition)."""
         return self.create_task([task_def])[0]
+
+    def insert_task(self, task: Mapping[str, Any]) -> str:
+        """Create one task from Qlib's form `{"def": definition, "status": ...}`; return its id.
+
+        `status` is waiting (the default), part_done or done, `res` a result, `priority` a number;
+        `filter` is Qlib's copy of the definition and not used. A pool has an equal definition once:
+        an existing task is left as it is. Raises TaskDefinitionError for other columns.
+        """
+        columns = ("def", "filter", "status", "res", "priority")
+        for name in task:
+            check_name("column of a task", name, columns, error=TaskDefinitionError)
+        if "def" not in task:
+            raise TaskDefinitionError(
+                f"a task needs the column 'def', its definition; got {sorted(map(str, task))}."
+            )
+        status = _check_new_status(task.get("status", WAITING))
+        values = {"status": status, "priority": int(task.get("priority", 0))}
+        values |= {"res": encode_result(task["res"])} if "res" in task else {}
+        definition = encode_definition(resolve_config(task["def"]))
+        if definition.hash in (ids := self._find_ids([definition])):
+            return ids[definition.hash]
+        task_id = self.insert_task_def(task["def"])
+        condition, change = parse_query({"_id": task_id}), Change(values)
+        with _translate_too_large(TaskResultError):
+            self._pool.call(
+                "insert a task", lambda s: s.change_all(self.task_pool, condition, change)
+            )
+        return task_id
 
     def replace_task(self, task: Mapping[str, Any], new_task: Mapping[str, Any]) -> None:
         """Replace the definition of a task and reset the task to waiting.

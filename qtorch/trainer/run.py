@@ -20,7 +20,7 @@ from qtorch.core.instantiate import (
     resolve_config,
 )
 from qtorch.core.plain import convert_tree
-from qtorch.core.qlib.translation import translate_task
+from qtorch.core.qlib.translation import keep_class_form, translate_task
 from qtorch.core.runtime import seed_everything
 from qtorch.core.secrets import complete_tree, has_mask, redact_tree
 from qtorch.core.session import Session, map_paths, resolve_path, session, session_context
@@ -411,6 +411,8 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
                     break
             raise ConfigError(message)
     complete = translate_task(task)
+    for key in REQUIRED_KEYS:
+        complete[key] = keep_class_form(task[key], complete[key])
     if complete.get("seed") is None:
         session_seed = session().seed
         complete["seed"] = secrets.randbelow(2**31) if session_seed is None else session_seed
