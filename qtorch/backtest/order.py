@@ -61,3 +61,30 @@ class Order:
     def amount_delta(self) -> float:
         """The amount, negative for a sale."""
         return self.amount * self.sign
+
+    @property
+    def deal_amount_delta(self) -> float:
+        """The executed amount, negative for a sale."""
+        return self.deal_amount * self.sign
+
+    @property
+    def date(self) -> pd.Timestamp | None:
+        """The day of the bar."""
+        return None if self.start_time is None else self.start_time.normalize()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells the order from others: instrument, bar and side."""
+        return self.stock_id, self.start_time, self.end_time, self.direction
+
+    @property
+    def key_by_day(self) -> tuple[Any, ...]:
+        """What tells the order from those of other days: instrument, day and side."""
+        return self.stock_id, self.date, self.direction
+
+    @staticmethod
+    def parse_dir(direction: Any) -> OrderDir:
+        """Return the side of "buy" or "sell", or of a number: positive for a purchase."""
+        if isinstance(direction, int | float | np.number) and not isinstance(direction, OrderDir):
+            return OrderDir.BUY if direction > 0 else OrderDir.SELL
+        return OrderDir.parse(direction)

@@ -118,7 +118,7 @@ class Positions(Mapping[pd.Timestamp, Position]):
         delayed = report["account"] - report["value"] - report[CASH]
         self._delayed = delayed.where(delayed > _ROUNDING * report["account"], 0.0)
         levels = frame.index.names
-        self._days = {
+        self._days: dict[Any, pd.DataFrame] = {
             stamp: day.droplevel(levels[0])
             for stamp, day in frame.rename(columns={"count": f"count_{DAY}"}).groupby(level=0)
         }
@@ -128,7 +128,7 @@ class Positions(Mapping[pd.Timestamp, Position]):
         if stamp not in self._cash.index:
             raise KeyError(date)
         day = self._days.get(stamp)
-        holdings = {} if day is None else day.to_dict(orient="index")
+        holdings: Any = {} if day is None else day.to_dict(orient="index")
         position = Position(float(self._cash[stamp]), holdings)
         if self._delayed[stamp]:
             position.position[DELAYED_CASH] = float(self._delayed[stamp])

@@ -216,7 +216,7 @@ class SimulatorExecutor(Configured):
         start_time: Any = None,
         end_time: Any = None,
         indicator_config: Mapping[str, Any] | None = None,
-        generate_portfolio_metrics: bool = True,
+        generate_portfolio_metrics: bool = False,
         verbose: bool = False,
         track_data: bool = False,
         common_infra: Any = None,

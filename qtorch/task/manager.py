@@ -165,31 +165,23 @@ class TaskManager:
         return self.create_task([task_def])[0]
 
     def insert_task(self, task: Mapping[str, Any]) -> str:
-        """Create one task from Qlib's form `{"def": definition, "status": ...}`; return its id.
+        """Create one task from Qlib's form `{"def": definition, ...}`; return its id.
 
-        `status` is waiting (the default), part_done or done, `res` a result, `priority` a number;
-        `filter` is Qlib's copy of the definition and not used. A pool has an equal definition once:
-        an existing task is left as it is. Raises TaskDefinitionError for other columns.
+        Beside `def` it may have `status`, which must be waiting, `priority`, and `filter`, Qlib's
+        copy of the definition, which is not used. Raises TaskDefinitionError for anything else.
         """
-        columns = ("def", "filter", "status", "res", "priority")
+        columns = ("def", "filter", "status", "priority")
         for name in task:
-            check_name("column of a task", name, columns, error=TaskDefinitionError)
-        if "def" not in task:
+            check_name("column of a new task", name, columns, error=TaskDefinitionError)
+        if "def" not in task or task.get("status", WAITING) != WAITING:
             raise TaskDefinitionError(
-                f"a task needs the column 'def', its definition; got {sorted(map(str, task))}."
+                f"a new task needs its definition as 'def' and is {WAITING}; got "
+                f"{sorted(map(str, task))} and status {task.get('status')!r}. A worker commits its "
+                "result; reset_status sets another status."
             )
-        status = _check_new_status(task.get("status", WAITING))
-        values = {"status": status, "priority": int(task.get("priority", 0))}
-        values |= {"res": encode_result(task["res"])} if "res" in task else {}
-        definition = encode_definition(resolve_config(task["def"]))
-        if definition.hash in (ids := self._find_ids([definition])):
-            return ids[definition.hash]
         task_id = self.insert_task_def(task["def"])
-        condition, change = parse_query({"_id": task_id}), Change(values)
-        with _translate_too_large(TaskResultError):
-            self._pool.call(
-                "insert a task", lambda s: s.change_all(self.task_pool, condition, change)
-            )
+        if "priority" in task:
+            self.prioritize({"_id": task_id}, task["priority"])
         return task_id
 
     def replace_task(self, task: Mapping[str, Any], new_task: Mapping[str, Any]) -> None:

@@ -26,8 +26,8 @@ from qtorch.core.errors import (
     TrustError,
 )
 from qtorch.core.names import import_path
-from qtorch.core.session import TRUSTED_VARIABLE, get_trusted_packages, session
 from qtorch.core.qlib.translation import check_definition_trust
+from qtorch.core.session import TRUSTED_VARIABLE, get_trusted_packages, session
 from qtorch.core.trust import locate
 from qtorch.process.child import Child, Message
 from qtorch.process.fork_server import ForkError

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from qtorch.core.errors import QtorchError, TrustError
+from qtorch.core.qlib.translation import check_definition_trust
 from qtorch.core.runtime import configure_logging
 from qtorch.core.secrets import redact_urls
-from qtorch.core.qlib.translation import check_definition_trust
 from qtorch.core.trust import as_stored_text, locate
 from qtorch.process.child import Child, Message, Parent
 from qtorch.process.fork_server import (

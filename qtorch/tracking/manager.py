@@ -50,6 +50,11 @@ class ExpManager:
         return active.uri if active else self.default_uri
 
     @property
+    def client(self) -> Any:
+        """The MlflowClient of the store."""
+        return self._store().client
+
+    @property
     def default_uri(self) -> str:
         """The URI used when no run is active: the one set here, in `qtorch.init` or in the
         environment, else `mlruns/mlflow.db` in the working folder."""

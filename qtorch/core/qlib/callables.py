@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from qtorch.core.configured import constructor_signature
 from qtorch.core.errors import ArgumentError, ConfigError
 from qtorch.core.names import import_object
 from qtorch.core.qlib.notes import Notes
@@ -55,8 +56,10 @@ def _name_arguments(entry: Entry, target: Callable[..., Any], args: Any) -> dict
         raise ArgumentError(
             f"{entry.title} is {entry.target} here: pass its arguments by their names."
         )
-    function = target.__init__ if isinstance(target, type) else target
-    names = [name for name in inspect.signature(function).parameters if name != "self"]
+    if isinstance(target, type):
+        names = list(constructor_signature(target).parameters)
+    else:
+        names = list(inspect.signature(target).parameters)
     if len(args) > len(names):
         raise ArgumentError(f"{entry.title} takes {len(names)} arguments; got {len(args)}.")
     return dict(zip(names, args, strict=False))
@@ -79,7 +82,7 @@ def _adapt_class(entry: Entry, target: type) -> type:
                 return isinstance(instance, target)
             return bool(super().__instancecheck__(instance))
 
-    def refuse_subclass(cls: type, **options: Any) -> None:
+    def refuse_subclass(cls: Any, /, **options: Any) -> None:
         if not entry.same:
             raise ConfigError(
                 f"{entry.name} is {entry.target} here, with arguments of its own: a subclass of it "
@@ -88,7 +91,7 @@ def _adapt_class(entry: Entry, target: type) -> type:
         super(adapted, cls).__init_subclass__(**options)
 
     adapted: Any = None
-    content = {
+    content: dict[str, Any] = {
         "__module__": target.__module__,
         "__qualname__": target.__qualname__,
         "__doc__": target.__doc__,

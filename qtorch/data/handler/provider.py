@@ -114,8 +114,8 @@ class DataProvider:
             inst_processors=list(inst_processors) or None,
             source=self.source,
         )
-        frame = loader.load(market, start_time, end_time)
-        return frame["feature"].swaplevel().sort_index()
+        frame: pd.DataFrame = loader.load(market, start_time, end_time)
+        return frame.droplevel(0, axis="columns").swaplevel().sort_index()
 
     def _filter_members(
         self,

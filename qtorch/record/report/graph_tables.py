@@ -6,6 +6,7 @@ columns `score` and `label`; reports and positions are those of a backtest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
@@ -110,7 +111,8 @@ def gaussian_density(values: np.ndarray, points: np.ndarray) -> np.ndarray:
     bandwidth = values.std(ddof=1) * len(values) ** -0.2
     distances = (points[:, None] - values[None, :]) / bandwidth
     density: np.ndarray = np.exp(-0.5 * distances**2).mean(axis=1)
-    return density / (bandwidth * np.sqrt(2 * np.pi))
+    density /= bandwidth * math.sqrt(2 * math.pi)
+    return density
 
 
 def scores_with_lag(pred_label: pd.DataFrame, lag: int) -> pd.DataFrame:
@@ -235,10 +237,13 @@ def position_frame(position: Any) -> pd.DataFrame:
         check_columns(position, ("amount", "price"), "the positions")
         frame = position[["amount", "price"]].rename_axis(["datetime", "instrument"])
     elif isinstance(position, Mapping):
+        days: dict[Any, Any] = {
+            date: getattr(day, "position", day) for date, day in position.items()
+        }
         rows = {
             (date, name): (holding["amount"], holding["price"])
-            for date, day in position.items()
-            for name, holding in getattr(day, "position", day).items()
+            for date, day in days.items()
+            for name, holding in day.items()
             if isinstance(holding, Mapping)
         }
         index = pd.MultiIndex.from_tuples(list(rows), names=["datetime", "instrument"])
@@ -262,7 +267,7 @@ def position_changes(position: Any, dates: Iterable[Any] | None = None) -> pd.Da
     frame = position_frame(position)
     weight = frame["weight"].unstack("instrument")
     if dates is not None:
-        weight = weight.reindex(pd.DatetimeIndex(list(dates)).union(weight.index))
+        weight = weight.reindex(pd.DatetimeIndex(list(dates)).union(pd.DatetimeIndex(weight.index)))
     is_held = weight.notna()
     was_held = is_held.shift(1, fill_value=False)
     status = pd.DataFrame(np.nan, index=weight.index, columns=weight.columns)
@@ -292,7 +297,8 @@ def add_labels(changes: pd.DataFrame, label_data: pd.DataFrame) -> pd.DataFrame:
     dates = changes.index.get_level_values(0)
     stamps = labels.index.get_level_values(0)
     labels = labels[(stamps >= dates.min()) & (stamps <= dates.max())]
-    return labels.to_frame().join(changes)
+    table: pd.DataFrame = labels.to_frame().join(changes)
+    return table
 
 
 def between(table: pd.DataFrame, start_date: Any, end_date: Any) -> pd.DataFrame:
@@ -303,7 +309,8 @@ def between(table: pd.DataFrame, start_date: Any, end_date: Any) -> pd.DataFrame
         is_inside &= np.asarray(dates >= pd.Timestamp(start_date))
     if end_date is not None:
         is_inside &= np.asarray(dates <= pd.Timestamp(end_date))
-    return table[is_inside]
+    inside: pd.DataFrame = table[is_inside]
+    return inside
 
 
 def trade_returns(
