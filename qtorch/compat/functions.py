@@ -61,8 +61,11 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if kind != REFERENCE:
         raise ConfigError(f"{path}: conf_type is {kind!r}; expected {ORIGIN} or {REFERENCE}.")
     shared, changes = settings.get("qlib_cfg"), settings.get("qlib_cfg_update") or {}
-    base = _read_mapping(path.parent / Path(shared).expanduser()) if shared else {}
-    return {**base, **changes}
+    if not shared:
+        return dict(changes)
+    is_home = str(shared).startswith("~")
+    file: str | Path = str(shared) if is_home else path.parent / str(shared)
+    return {**_read_mapping(resolve_path(file)), **changes}
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

@@ -107,7 +107,7 @@ DIFFERENCES = {
     ("Exchange", "quote_cls"): "quotes are arrays",
     ("MultiSegRecord.generate", "segments"): "it is an argument of the record",
     ("MultiSegRecord.generate", "save"): "the figures are metrics of the run",
-    **{(f"{c}.{n}", "missing"): why for c, names, why in MISSING for n in names.split()},
+    **{(f"{c}.{n}", "missing"): reason for c, names, reason in MISSING for n in names.split()},
 }
 
 
@@ -207,11 +207,11 @@ def format_table() -> str:
             rows.setdefault((owner, text, explain(key)), []).append(member)
         else:
             rows[call, f"`{argument}` {text}", explain(key)] = []
-    for (owner, text, why), members in sorted(rows.items(), key=str):
+    for (owner, text, reason), members in sorted(rows.items(), key=str):
         names = f"`{owner}`: " + ", ".join(f"`{m}`" for m in members)
         call = names if len(members) > 1 else f"`{'.'.join([owner, *members])}`"
         difference = text.replace("is not", "are not") if len(members) > 1 else text
-        lines.append(f"| {call} | {difference} | {why} |")
+        lines.append(f"| {call} | {difference} | {reason} |")
     return "\n".join(lines)
 
 
