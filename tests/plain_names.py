@@ -188,6 +188,8 @@ PREPOSITIONS = frozenset(
 VERBS = frozenset(["back_off", "fall_back", "log_in", "shut_down", "spin_up", "tear_down", "to"])
 # Adjectives of the field that begin the noun of a result.
 TERMS = frozenset(["deflated", "expected", "masked", "paired", "stored"])
+# Public names of Qlib's, which stay.
+QLIB_NAMES = frozenset(["check_stock_suspended"])
 PREFIXES = ("test_", "on_", "is_", "has_", "visit_")
 
 
@@ -201,7 +203,7 @@ def is_participle(word: str) -> bool:
 def function_fault(name: str) -> str | None:
     """Why a function may not have this name; None if it may."""
     bare = name.strip("_")
-    if name.startswith("__") or not bare or bare.startswith(PREFIXES) or bare in VERBS:
+    if name.startswith("__") or not bare or bare.startswith(PREFIXES) or bare in VERBS | QLIB_NAMES:
         return None
     words = bare.split("_")
     if bare in BANNED:

@@ -58,6 +58,7 @@ DOORS = {
     "onnx": ("qtorch/study/onnx_file.py",),
     "onnxruntime": ("qtorch/study/onnx_file.py",),
     "onnxscript": ("qtorch/study/onnx_file.py",),
+    "plotly": ("qtorch/record/report/graphs.py",),
 }
 NN_IMPORTS = {"torch", "qtorch", *sys.stdlib_module_names}
 MAX_FILE_LINES, MAX_FILES_IN_A_FOLDER = 900, 20

@@ -10,7 +10,13 @@ if TYPE_CHECKING:
         EnhancedIndexingStrategy as EnhancedIndexingStrategy,
     )
     from qtorch.backtest.exchange import Exchange as Exchange
+    from qtorch.backtest.order import Order as Order
+    from qtorch.backtest.order import OrderDir as OrderDir
+    from qtorch.backtest.positions import Position as Position
+    from qtorch.backtest.positions import Positions as Positions
+    from qtorch.backtest.qlib_form import backtest_daily as backtest_daily
     from qtorch.backtest.result import BacktestResult as BacktestResult
+    from qtorch.backtest.run import SimulatorExecutor as SimulatorExecutor
     from qtorch.backtest.run import backtest as backtest
     from qtorch.backtest.strategy import LongShortStrategy as LongShortStrategy
     from qtorch.backtest.strategy import StepContext as StepContext

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import pandas as pd
 
+from qtorch.backtest.quote_lookup import QuoteLookup
 from qtorch.backtest.quotes import (
     ZERO_PRICE,
     Bools,
@@ -40,7 +41,7 @@ CUMULATIVE, CURRENT = "cum", "current"
 
 
 @trust_subclasses
-class Exchange(Configured):
+class Exchange(QuoteLookup, Configured):
     """Deal prices, price limits, trade units and costs of a market; corresponds to Qlib's Exchange.
 
     `deal_price`: a field or an expression ("close", "$open", "Ref($open, -1)"), or a pair of them,

@@ -11,10 +11,11 @@ import pandas as pd
 
 from qtorch.backtest.audit import Audit, Auditor
 from qtorch.backtest.exchange import Exchange
+from qtorch.backtest.positions import Positions
 from qtorch.backtest.quotes import Quotes
 from qtorch.backtest.simulate import Ledger, Rows
 from qtorch.core.dates import parse_frequency
-from qtorch.core.errors import check_name
+from qtorch.core.errors import ConfigError, check_name
 from qtorch.core.terminal import html_curves, html_summary
 
 NUM_SHOWN = 3  # members in a notebook's summary
@@ -90,6 +91,17 @@ class BacktestResult:
         (fraction of the account).
         """
         return self._join_members(self._positions, axis="index")
+
+    @property
+    def positions_normal(self) -> Positions:
+        """The positions of one member by date, each read as Qlib's Position (with several members:
+        `result[name].positions_normal`)."""
+        if len(self.members) > 1:
+            raise ConfigError(
+                f"positions_normal is that of one member: result[{self.members[0]!r}]"
+                ".positions_normal."
+            )
+        return Positions(self.positions, self.report)
 
     @cached_property
     def orders(self) -> pd.DataFrame:

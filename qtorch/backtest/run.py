@@ -6,7 +6,6 @@ import logging
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,6 +18,7 @@ from qtorch.backtest.result import BacktestResult
 from qtorch.backtest.scores import Scores
 from qtorch.backtest.simulate import DELISTINGS, Delisting, simulate
 from qtorch.backtest.strategy import Strategy
+from qtorch.core.configured import Configured, check_arguments, constructor_signature
 from qtorch.core.dates import as_stamp, date_rows, frequency, last_instant, parse_dates
 from qtorch.core.errors import ConfigError, DataError, check_name
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
@@ -55,9 +55,9 @@ def backtest(
     instruments, a series of returns, or None. `exchange_kwargs`: arguments of `Exchange`, or
     `{"exchange": an Exchange or its configuration}` (reusing an Exchange keeps its bars in
     memory). `source`: the data source of the bars, by default the exchange's or the one of
-    `qtorch.init`. `executor`: as in Qlib, `{"class": "SimulatorExecutor", "kwargs":
-    {"time_per_step": "day", "trade_type": "serial" | "parallel", "settle_type": None | "cash"}}`;
-    optional.
+    `qtorch.init`. `executor`: as in Qlib a SimulatorExecutor or its configuration, `{"class":
+    "SimulatorExecutor", "kwargs": {"time_per_step": "day", "trade_type": "serial" | "parallel",
+    "settle_type": None | "cash"}}`; optional.
 
     `delisting`: what becomes of a position when the bars of its instrument end: on the next bar it
     is closed at its last close, or at "zero", without cost; or it is kept ("keep"). Logged, and
@@ -75,7 +75,7 @@ def backtest(
     """
     check_name("delisting", delisting, DELISTINGS)
     built_strategy = _build_strategy(strategy)
-    execution = _Execution.parse(executor)
+    execution = _build_executor(executor)
     exchange = _build_exchange(exchange_kwargs, source, execution.time_per_step)
     frame = built_strategy.scores()
     calendar = exchange.calendar()
@@ -199,42 +199,66 @@ def _build_strategy(strategy: Any) -> Strategy:
     return strategy
 
 
-@dataclass(frozen=True)
-class _Execution:
-    """The settings of Qlib's SimulatorExecutor that the simulation supports."""
+class SimulatorExecutor(Configured):
+    """How a backtest executes orders: within their bar. Corresponds to Qlib's SimulatorExecutor.
 
-    time_per_step: str | None = None
-    trade_type: str = "serial"
-    settle_type: str | None = None
+    `time_per_step`: the frequency of the bars; `trade_type`: "serial" (sales pay for purchases) or
+    "parallel"; `settle_type`: "cash" if the proceeds of sales are available on the next bar. The
+    dates are those of the backtest; portfolio metrics and indicators are always calculated, and
+    `indicator_config`, `verbose`, `track_data` have no effect.
+    """
 
-    @classmethod
-    def parse(cls, executor: Any) -> _Execution:
-        """Read an executor's configuration; ConfigError for what is not supported."""
-        if executor is None:
-            return cls()
-        config = resolve_config(executor)
-        if not isinstance(config, Mapping):
-            raise ConfigError(f"executor is {type(config).__name__}; expected a mapping or None.")
-        name = str(config.get("class", config.get("_target_", "SimulatorExecutor")))
-        name = name.rpartition(".")[2]
-        if name != "SimulatorExecutor":
+    TT_SERIAL, TT_PARAL = "serial", "parallel"
+
+    def __init__(
+        self,
+        time_per_step: str | None = None,
+        start_time: Any = None,
+        end_time: Any = None,
+        indicator_config: Mapping[str, Any] | None = None,
+        generate_portfolio_metrics: bool = False,
+        verbose: bool = False,
+        track_data: bool = False,
+        common_infra: Any = None,
+        trade_type: str = TT_SERIAL,
+        *,
+        settle_type: str | None = None,
+    ) -> None:
+        if not (start_time is None and end_time is None and common_infra is None):
             raise ConfigError(
-                f"executor {name!r} is not supported, only SimulatorExecutor: a strategy's orders "
-                "are executed within their bar (qtorch has no nested execution)."
+                "start_time and end_time are arguments of the backtest, and common_infra does not "
+                "exist here: leave them out of the executor."
             )
-        # Qlib's form has the arguments under `kwargs`, Hydra's beside the class.
-        class_keys = ("class", "_target_", "module_path", "kwargs")
-        kwargs = config.get("kwargs") or {k: v for k, v in config.items() if k not in class_keys}
-        used_keys = tuple(cls.__dataclass_fields__)
-        ignored_keys = ("generate_portfolio_metrics", "verbose", "indicator_config", "track_data")
-        for key in kwargs:
-            check_name("argument of the executor", key, (*used_keys, *ignored_keys))
-        return cls(**{key: kwargs[key] for key in used_keys if key in kwargs})
+        check_name("trade_type", trade_type, (self.TT_SERIAL, self.TT_PARAL))
+        check_name("settle_type", str(settle_type), ("None", "cash"))  # "None" is Qlib's default
+        self.time_per_step, self.trade_type = time_per_step, trade_type
+        self.settle_type = settle_type
 
-    def __post_init__(self) -> None:
-        check_name("trade_type", self.trade_type, ("serial", "parallel"))
-        # Qlib's own default is the string "None".
-        check_name("settle_type", str(self.settle_type), ("None", "cash"))
+
+def _build_executor(executor: Any) -> SimulatorExecutor:
+    """Build the executor of a configuration; ConfigError for what is not supported."""
+    config = resolve_config(executor)
+    if config is None:
+        return SimulatorExecutor()
+    if isinstance(config, SimulatorExecutor):
+        return config
+    if not isinstance(config, Mapping):
+        raise ConfigError(
+            f"executor is {type(config).__name__}; expected a SimulatorExecutor, its configuration "
+            "or None."
+        )
+    name = str(config.get("class", config.get("_target_", SimulatorExecutor.__name__)))
+    name = name.rpartition(".")[2]
+    if name != SimulatorExecutor.__name__:
+        raise ConfigError(
+            f"executor {name!r} is not supported, only SimulatorExecutor: a strategy's orders are "
+            "executed within their bar (qtorch has no nested execution)."
+        )
+    # Qlib's form has the arguments under `kwargs`, Hydra's beside the class.
+    class_keys = ("class", "_target_", "module_path", "kwargs")
+    kwargs = config.get("kwargs") or {k: v for k, v in config.items() if k not in class_keys}
+    check_arguments(SimulatorExecutor, constructor_signature(SimulatorExecutor), kwargs)
+    return SimulatorExecutor(**kwargs)
 
 
 def _build_exchange(
@@ -324,7 +348,7 @@ def _open_accounts(
     quotes: Quotes,
     exchange: Exchange,
     num_members: int,
-    execution: _Execution,
+    execution: SimulatorExecutor,
 ) -> Account:
     """Open the accounts; initial positions are valued at the last close before the start."""
     holdings = dict(account) if isinstance(account, Mapping) else {"cash": account}

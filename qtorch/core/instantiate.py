@@ -229,9 +229,9 @@ def fill_placeholder(config: Any, values: Mapping[str, Any]) -> Any:
     """Return a copy of `config` in which placeholders such as `"<MODEL>"` are replaced.
 
     `values` maps placeholders to their values. A placeholder that is a path, such as
-    `"<dataset.kwargs.segments.train.0>"`, is replaced by the value at that path of `config`. An
-    unknown placeholder is left as it is, with a warning. Qlib's function modifies its argument;
-    this one does not.
+    `"<dataset.kwargs.segments.train.0>"`, is replaced by the value at that path of `config`, in
+    either form. An unknown placeholder is left as it is, with a warning. Qlib's function modifies
+    its argument; this one does not.
     """
     for name in values:
         if not re.fullmatch(r"<[^<>]+>", name):
@@ -251,6 +251,8 @@ def fill_placeholder(config: Any, values: Mapping[str, Any]) -> Any:
 
 def _lookup_path(config: Any, path: str, placeholder: str) -> Any:
     for key in path.split("."):
+        if key == "kwargs" and isinstance(config, Mapping) and "_target_" in config:
+            continue  # a path of Qlib's form in a configuration of Hydra's
         try:
             config = config[int(key)] if isinstance(config, list | tuple) else config[key]
         except (KeyError, ValueError, IndexError, TypeError):

@@ -39,11 +39,14 @@ if TYPE_CHECKING:
     from qtorch.data.handler.loader import NestedDataLoader as NestedDataLoader
     from qtorch.data.handler.loader import QlibDataLoader as QlibDataLoader
     from qtorch.data.handler.loader import StaticDataLoader as StaticDataLoader
+    from qtorch.data.handler.provider import D as D
+    from qtorch.data.handler.provider import DataProvider as DataProvider
     from qtorch.data.panel.panel import Panel as Panel
     from qtorch.data.panel.view import View as View
     from qtorch.data.source.base import Source as Source
     from qtorch.data.source.frame import FrameSource as FrameSource
     from qtorch.data.source.qlib import QlibSource as QlibSource
+    from qtorch.data.source.qlib import exists_qlib_data as exists_qlib_data
     from qtorch.data.source.synthetic import SyntheticSource as SyntheticSource
     from qtorch.data.source.table import TableSource as TableSource
     from qtorch.data.source.writer import write_qlib as write_qlib

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -253,6 +254,32 @@ class SegmentICRecord(Record):
             except LoadObjectError:
                 return predict_frame(self.model, self.dataset)
         return predict_frame(self.model, self.dataset, segment)
+
+
+class SignalMseRecord(Record):
+    """Logs `MSE` and `RMSE` of `pred.pkl` against the raw labels; writes both to `sig_analysis/`.
+
+    Pairs with a missing value are left out. Corresponds to Qlib's SignalMseRecord. The first
+    columns of scores and labels are compared.
+    """
+
+    artifact_path: ClassVar[str | None] = "sig_analysis"
+    depend_cls: ClassVar[type[Record] | None] = SignalRecord
+    input_artifacts: ClassVar[tuple[str, ...]] = ("pred.pkl", "label.pkl")
+
+    def generate(self) -> dict[str, float]:
+        """Compute, store and log; return the stored numbers."""
+        self.check()
+        score, label = (self.load(name).iloc[:, 0] for name in self.input_artifacts)
+        error = float(((score - label) ** 2).mean())
+        objects = {"mse.pkl": error, "rmse.pkl": math.sqrt(error)}
+        metrics = {"MSE": objects["mse.pkl"], "RMSE": objects["rmse.pkl"]}
+        self.recorder.log_batch(finite_metrics(metrics), step=0)
+        self.save(**objects)
+        return objects
+
+    def list(self) -> Names:
+        return ["mse.pkl", "rmse.pkl"]
 
 
 class HFSignalRecord(Record):

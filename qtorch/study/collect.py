@@ -88,7 +88,8 @@ class RecorderCollector(Collector):
     """Collects artifacts from the runs of an experiment: `{artifact: {run's key: object}}`.
 
     `experiment`: its name, an Experiment, or a callable that returns recorders. `rec_key_func`
-    returns a run's key (None: its ID), `rec_filter_func` whether a run is included, `status` are
+    returns a run's key (None: its ID); lists in it, such as the segments of a stored task, become
+    tuples. `rec_filter_func` says whether a run is included, `status` are
     the accepted statuses (None: all). `artifacts_path` maps names to artifact paths in a run,
     `artifacts_key` selects some of these names (None: all; `ART_KEY_RAW` is the recorder itself).
     `list_kwargs` are passed to `list_recorders`.
@@ -140,7 +141,7 @@ class RecorderCollector(Collector):
         log.info("runs collected: %s", dict(Counter(r.status for r in recorders)) or "none")
         results: dict[Any, Any] = {}
         for recorder in recorders:
-            name = self.rec_key_func(recorder)
+            name = _hashable_key(self.rec_key_func(recorder))
             for key in keys:
                 try:
                     is_raw = key == self.ART_KEY_RAW
@@ -183,6 +184,11 @@ class RecorderCollector(Collector):
             runs.reverse()  # it lists the newest first
         with_status = (r for r in runs if self.status is None or r.status in self.status)
         return [r for r in with_status if is_included is None or is_included(r)]
+
+
+def _hashable_key(key: Any) -> Any:
+    """Return a key in which lists are tuples."""
+    return tuple(map(_hashable_key, key)) if isinstance(key, list | tuple) else key
 
 
 def _pair(outer: Any, inner: Any) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from qtorch.core.errors import (
     TaskResultError,
     TaskStoreError,
     TaskTimeout,
+    check_name,
     format_count,
 )
 from qtorch.core.plain import resolve_config
@@ -162,6 +163,26 @@ class TaskManager:
     def insert_task_def(self, task_def: Mapping[str, Any]) -> str:
         """Create one task; return its id (that of an existing task with an equal definition)."""
         return self.create_task([task_def])[0]
+
+    def insert_task(self, task: Mapping[str, Any]) -> str:
+        """Create one task from Qlib's form `{"def": definition, ...}`; return its id.
+
+        Beside `def` it may have `status`, which must be waiting, `priority`, and `filter`, Qlib's
+        copy of the definition, which is not used. Raises TaskDefinitionError for anything else.
+        """
+        columns = ("def", "filter", "status", "priority")
+        for name in task:
+            check_name("column of a new task", name, columns, error=TaskDefinitionError)
+        if "def" not in task or task.get("status", WAITING) != WAITING:
+            raise TaskDefinitionError(
+                f"a new task needs its definition as 'def' and is {WAITING}; got "
+                f"{sorted(map(str, task))} and status {task.get('status')!r}. A worker commits its "
+                "result; reset_status sets another status."
+            )
+        task_id = self.insert_task_def(task["def"])
+        if "priority" in task:
+            self.prioritize({"_id": task_id}, task["priority"])
+        return task_id
 
     def replace_task(self, task: Mapping[str, Any], new_task: Mapping[str, Any]) -> None:
         """Replace the definition of a task and reset the task to waiting.

@@ -410,6 +410,8 @@ class RollingGen(TaskGen):
         side, kind = (0, "start") if key == FIT_START else (1, "end")
         if date is None or old_train[side] is None or new_train[side] is None:
             return date
+        if isinstance(date, str) and date.startswith("<"):
+            return date  # a placeholder such as <dataset.kwargs.segments.train.0>
         row, old = self.ta.align_idx(date, kind), self.ta.align_idx(old_train[side], kind)
         new = self.ta.align_idx(new_train[side], kind)
         assert row is not None

@@ -26,8 +26,9 @@ from qtorch.core.errors import (
     TrustError,
 )
 from qtorch.core.names import import_path
+from qtorch.core.qlib.translation import check_definition_trust
 from qtorch.core.session import TRUSTED_VARIABLE, get_trusted_packages, session
-from qtorch.core.trust import check_config_trust, locate
+from qtorch.core.trust import locate
 from qtorch.process.child import Child, Message
 from qtorch.process.fork_server import ForkError
 from qtorch.process.heartbeat import RUN, beat, listen
@@ -237,7 +238,7 @@ class _TaskRunner:
         """Run one claimed task and report its outcome to the pool."""
         log.info("task %s, attempt %d", task["_id"], task["attempt"])
         try:
-            check_config_trust(task["def"])
+            check_definition_trust(task["def"])
         except QtorchError as error:
             self._fail(task, error, final=True)
             return

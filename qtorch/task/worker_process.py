@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from qtorch.core.errors import QtorchError, TrustError
+from qtorch.core.qlib.translation import check_definition_trust
 from qtorch.core.runtime import configure_logging
 from qtorch.core.secrets import redact_urls
-from qtorch.core.trust import as_stored_text, check_config_trust, locate
+from qtorch.core.trust import as_stored_text, locate
 from qtorch.process.child import Child, Message, Parent
 from qtorch.process.fork_server import (
     TRAINING_PRELOAD,
@@ -216,7 +217,7 @@ def serve_request(request: Mapping[str, Any], parent: Parent) -> dict[str, Any]:
         parent.send({"ready": True})
         definition = as_stored_text(request["definition"])
         try:
-            check_config_trust(definition)
+            check_definition_trust(definition)
         except QtorchError as error:
             return {"refused": str(error)}
         stored_result = as_stored_text(request.get("res"))

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from qtorch.tracking.manager import ExpManager as ExpManager
     from qtorch.tracking.manager import MLflowExpManager as MLflowExpManager
     from qtorch.tracking.manager import R as R
+    from qtorch.tracking.manager import list_recorders as list_recorders
     from qtorch.tracking.recorder import MLflowRecorder as MLflowRecorder
     from qtorch.tracking.recorder import Recorder as Recorder
     from qtorch.tracking.recorder import current_recorder as current_recorder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -48,6 +48,11 @@ class ExpManager:
         """The current tracking URI: the active run's, else `default_uri`."""
         active = current_recorder()
         return active.uri if active else self.default_uri
+
+    @property
+    def client(self) -> Any:
+        """The MlflowClient of the store."""
+        return self._store().client
 
     @property
     def default_uri(self) -> str:
@@ -350,6 +355,20 @@ class Workflow(ExpManager):
 
 #: The manager of this process: its URI applies to all code that looks up runs.
 R = Workflow()
+
+
+def list_recorders(
+    experiment: str | Experiment, rec_filter_func: Callable[[Recorder], bool] | None = None
+) -> dict[str, Recorder]:
+    """Return `{id: recorder}` of an experiment (its name or itself) that a function selects."""
+    if isinstance(experiment, str):
+        experiment = R.get_exp(experiment_name=experiment, create=False)
+    recorders: dict[str, Recorder] = experiment.list_recorders()
+    return {
+        key: recorder
+        for key, recorder in recorders.items()
+        if rec_filter_func is None or rec_filter_func(recorder)
+    }
 
 
 def find_run(run_id: str) -> Recorder:

@@ -13,6 +13,8 @@ from qtorch.core.instantiate import (
     init_instance_by_config,
     resolve_config,
 )
+from qtorch.core.qlib.notes import Notes
+from qtorch.core.qlib.translation import translate_task
 from qtorch.core.trust import NAME_KEYS, check_config_trust
 
 RECORD_MODULE = "qtorch.record"
@@ -30,6 +32,7 @@ def check_task(task: Any, *, check_device: bool = True) -> None:
     task = resolve_config(task)
     if not isinstance(task, Mapping) or any(task.get(k) is None for k in ("model", "dataset")):
         return  # `complete_task` says what is missing
+    task = translate_task(task, Notes())  # names of Qlib's are judged by what they are here
     check_config_trust(task)
     _check_names(task["dataset"])
     _check_names(task.get("reweighter"))

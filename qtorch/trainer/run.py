@@ -21,7 +21,7 @@ from qtorch.core.instantiate import (
     resolve_config,
 )
 from qtorch.core.plain import convert_tree
-from qtorch.core.qlib.translation import translate_task
+from qtorch.core.qlib.translation import keep_class_form, translate_task
 from qtorch.core.runtime import seed_everything
 from qtorch.core.secrets import complete_tree, has_mask, redact_tree
 from qtorch.core.session import Session, map_paths, resolve_path, session, session_context
@@ -52,6 +52,7 @@ from qtorch.trainer.segments import resolve_segments
 
 log = logging.getLogger(__name__)
 
+PLACEHOLDERS = ("<MODEL>", "<DATASET>", "<PRED>")  # of records, filled in when they run
 REQUIRED_KEYS = ("model", "dataset")
 TRACKING_KEY = "tracking"
 INPUTS_FIELD = "inputs"
@@ -402,7 +403,8 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
     Seed: the task's, else the session's, else a random one (so that the run can be repeated).
     Data source: a handler configured without one gets the session's `provider_uri`. Region: records
     that use one get the session's, so that a worker on another machine uses it too. URLs that were
-    stored without their secrets are completed. Segments: fractions become dates. Raises ConfigError
+    stored without their secrets are completed. Segments: fractions become dates. Placeholders that
+    are paths, such as `<dataset.kwargs.segments.train.0>`, are filled in. Raises ConfigError
     for a task without model or dataset, and for a URL that cannot be completed.
     """
     task = complete_tree(resolve_config(task))
@@ -419,7 +421,10 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
                     message += f" {unknown_name_message('task key', other, REQUIRED_KEYS)}"
                     break
             raise ConfigError(message)
+    task = fill_placeholder(task, {name: name for name in PLACEHOLDERS})
     complete = translate_task(task)
+    for key in REQUIRED_KEYS:
+        complete[key] = keep_class_form(task[key], complete[key])
     if complete.get("seed") is None:
         session_seed = session().seed
         complete["seed"] = secrets.randbelow(2**31) if session_seed is None else session_seed

@@ -3,11 +3,13 @@
     $QTORCH_QLIB_PYTHON scripts/parity/qlib_signatures.py tests/golden/qlib_signatures.json
 
 The file has `classes` (arguments of the constructor with their defaults, whether it takes others by
-`**kwargs`, base classes, public methods) and `functions`, one of them a line.
+`**kwargs`, base classes, public methods, and other public members: properties, constants, and what
+the constructor sets) and `functions`, one of them a line.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -15,6 +17,7 @@ import json
 import logging
 import pkgutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -93,12 +96,36 @@ def describe_class(cls: type) -> dict[str, Any]:
         for b in cls.__mro__[1:]
         if b.__module__.startswith("qlib.")
     ]
-    methods = {}
+    methods, members = {}, set()
     for key, value in vars(cls).items():
         function = value.__func__ if isinstance(value, staticmethod | classmethod) else value
-        if not key.startswith("_") and inspect.isfunction(function):
+        if key.startswith("_"):
+            continue
+        if inspect.isfunction(function):
             methods[key] = describe_function(function)
-    return {**describe_function(cls.__init__), "bases": bases, "methods": methods}
+        else:
+            members.add(key)
+    members |= attributes_of_constructor(cls) - set(methods)
+    description = {**describe_function(cls.__init__), "bases": bases, "methods": methods}
+    return {**description, "members": sorted(members)}
+
+
+def attributes_of_constructor(cls: type) -> set[str]:
+    """Return the public attributes that a class's own `__init__` sets."""
+    if "__init__" not in vars(cls):
+        return set()
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls.__init__)))
+    except (OSError, TypeError):  # made by a decorator
+        return set()
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and getattr(node.value, "id", "") == "self"
+        and not node.attr.startswith("_")
+    }
 
 
 def describe_function(function: Any) -> dict[str, Any]:

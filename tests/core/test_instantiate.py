@@ -187,3 +187,15 @@ def test_auto_filter_kwargs_ignores_unknown_arguments_with_a_warning(caplog):
 
     assert inst.auto_filter_kwargs(f)(1, b=2, c=3) == 3
     assert "'c'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        {"_target_": "d.D", "segments": {"train": ["2020-01-01", "2020-06-30"]}},
+        {"class": "d.D", "kwargs": {"segments": {"train": ["2020-01-01", "2020-06-30"]}}},
+    ],
+)
+def test_a_placeholder_is_a_path_in_either_form(dataset):
+    task = {"model": {"end": "<dataset.kwargs.segments.train.1>"}, "dataset": dataset}
+    assert inst.fill_placeholder(task, {})["model"] == {"end": "2020-06-30"}

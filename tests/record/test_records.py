@@ -9,7 +9,13 @@ import pytest
 from scipy import stats
 
 from qtorch.core.errors import RecordError
-from qtorch.record import Record, SegmentICRecord, SigAnaRecord, SignalRecord
+from qtorch.record import (
+    Record,
+    SegmentICRecord,
+    SigAnaRecord,
+    SignalMseRecord,
+    SignalRecord,
+)
 
 
 def test_signal_record_writes_scores_and_raw_label(model, dataset, recorder):
@@ -19,6 +25,19 @@ def test_signal_record_writes_scores_and_raw_label(model, dataset, recorder):
     assert list(label.columns) == ["LABEL0"]
     assert ("test", "label", "raw") in dataset.requests
     np.testing.assert_allclose(pred["score"], model.predict(dataset), rtol=1e-6)
+
+
+def test_squared_errors_of_the_scores(model, dataset, recorder):
+    with pytest.raises(RecordError, match="SignalRecord"):
+        SignalMseRecord(recorder).generate()
+    SignalRecord(model, dataset, recorder).generate()
+    SignalMseRecord(recorder).generate()
+    score, label = recorder.load_object("pred.pkl"), recorder.load_object("label.pkl")
+    expected = np.nanmean((score.to_numpy() - label.to_numpy()) ** 2)
+    assert recorder.load_object("sig_analysis/mse.pkl") == pytest.approx(expected)
+    metrics = recorder.list_metrics()
+    assert metrics["MSE"] == pytest.approx(expected)
+    assert metrics["RMSE"] == pytest.approx(np.sqrt(expected))
 
 
 @pytest.mark.slow

@@ -113,6 +113,18 @@ def test_collectors_are_merged_by_key(runs):
     assert results_by_name() == {"a.pred": 1}
 
 
+def test_a_key_may_have_the_segments_of_a_stored_task(runs):
+    collector = RecorderCollector(
+        "windows",
+        rec_key_func=lambda r: ["gru", ["2020-01-06", r.list_tags()["window"]]],
+        rec_filter_func=lambda r: r.list_tags()["model"] == "gru",
+    )
+    assert set(collector()["pred"]) == {
+        ("gru", ("2020-01-06", "0")),
+        ("gru", ("2020-01-06", "1")),
+    }
+
+
 def test_call_arguments_are_passed_to_processes():
     class Two(Collector):
         def collect(self):

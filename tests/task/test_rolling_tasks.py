@@ -184,6 +184,13 @@ def test_fit_windows_keep_their_position_in_the_train_segment():
             assert row(processor_kwargs["fit_end_time"]) == row(train[1]) - 1
 
 
+def test_a_placeholder_of_the_train_segment_stays():
+    placeholder = "<dataset.kwargs.segments.train.0>"
+    task = make_task(fit_start_time=placeholder, fit_end_time="2019-03-29")
+    for window in make_generator(20)(task):
+        assert handler(window)["fit_start_time"] == placeholder
+
+
 def test_fit_window_is_clipped_to_the_train_segment_unless_wide_fit_is_allowed():
     task = make_task(fit_start_time="2018-01-01", fit_end_time="2019-03-29")
     first = make_generator(20)(task)[0]

@@ -37,6 +37,20 @@ class TestDefinitions:
         assert manager.insert_task_def(lstm(1)) == ids[0]
         assert manager.task_stat() == {"waiting": 2}
 
+    def test_a_task_is_inserted_in_qlibs_form(self, manager):
+        manager.create_task([lstm(1)])
+        task_id = manager.insert_task(
+            {"def": lstm(2), "filter": lstm(2), "status": "waiting", "priority": 3}
+        )
+        assert manager.insert_task({"def": lstm(2)}) == task_id
+        assert manager.fetch_task()["_id"] == task_id
+        with pytest.raises(TaskDefinitionError, match="column of a new task 'prio'"):
+            manager.insert_task({"def": lstm(3), "prio": 1})
+        with pytest.raises(TaskDefinitionError, match="and is waiting; got"):
+            manager.insert_task({"def": lstm(3), "status": "done"})
+        with pytest.raises(TaskDefinitionError, match="needs its definition as 'def'"):
+            manager.insert_task({"filter": lstm(3)})
+
     def test_pools_of_a_store_are_separate(self, manager, make_manager, url):
         other_manager = make_manager(manager.task_pool + "-other")
         manager.create_task([lstm(1)])

@@ -42,7 +42,11 @@ def translate_workflow(
         translated = translate_task(task, own_notes, "task")
     except QtorchError as error:
         raise _add_place(error, settings) from error
-    session = set_defaults(provider_uri=options["provider_uri"], region=options["region"])
+    session = set_defaults(
+        provider_uri=options["provider_uri"],
+        region=options["region"],
+        task_url=options.get("task_url"),
+    )
     source = {"_target_": SOURCE, "provider_uri": session.provider_uri}
     translated["dataset"] = _add_source(translated.get("dataset"), source)
     records = translated.get("record") or []
@@ -54,7 +58,7 @@ def translate_workflow(
 
 
 def init_options(settings: Mapping[str, Any], notes: Notes) -> dict[str, Any]:
-    """Return what the section qlib_init sets here: provider_uri, region, tracking_uri."""
+    """Return what the section qlib_init sets here: provider_uri, region, tracking_uri, task_url."""
     config = {"_target_": "qlib.init", **(settings.get(INIT) or {})}
     try:
         options: dict[str, Any] = translate_config(config, notes, INIT)

@@ -12,6 +12,7 @@ from typing import Any
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.names import import_object
+from qtorch.core.qlib.callables import adapt_callable
 from qtorch.core.qlib.notes import Notes
 from qtorch.core.qlib.table import VERSION, find_entry, load_table, unknown_class_message
 from qtorch.core.qlib.translation import translate_config
@@ -22,9 +23,9 @@ ROOT = "qlib"
 def install() -> None:
     """Make `import qlib` and its submodules find our classes and functions in this process.
 
-    A class that has no counterpart is an ImportError with the reason. Classes of our own have our
-    arguments; a configuration with Qlib's names and arguments is translated. Raises ConfigError if
-    the program has imported real Qlib already.
+    A class that has no counterpart is an ImportError with the reason. Classes and functions take
+    Qlib's arguments: those of Qlib's models by their names. Raises ConfigError if the program has
+    imported real Qlib already.
     """
     module = sys.modules.get(ROOT)
     if module is not None and not isinstance(module, QlibModule):
@@ -59,14 +60,16 @@ class QlibModule(ModuleType):
         full_name = f"{self.__name__}.{name}"
         if full_name == f"{ROOT}.init":
             return init
-        if name.startswith("__") or full_name in module_names():
+        # A name of the table counts before a module: `from qlib.backtest import backtest`.
+        is_module = full_name in module_names() and full_name not in load_table()
+        if name.startswith("__") or is_module:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         entry = find_entry(full_name)
         if entry is None:
             raise ImportError(unknown_class_message(full_name))
         if entry.target is None:
             raise ImportError(f"{full_name} is not available: {entry.refused}.")
-        value = import_object(entry.target)
+        value = adapt_callable(entry)
         setattr(self, name, value)
         return value
 
@@ -77,8 +80,14 @@ class QlibFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in module_names():
+        if fullname.partition(".")[0] != ROOT:
             return None
+        if fullname not in module_names():
+            raise ModuleNotFoundError(
+                f"qtorch has no part of Qlib's module {fullname!r}: docs/from-qlib.md says what is "
+                "there.",
+                name=fullname,
+            )
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:

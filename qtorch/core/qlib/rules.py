@@ -283,6 +283,29 @@ def set_experiment_manager(context: Context) -> None:
         context.set("tracking_uri", str(uri))
 
 
+def set_task_store(context: Context) -> None:
+    """The store of the task pools: a database of MongoDB, by its URL."""
+    config = context.get("mongo")
+    if config is None:
+        return
+    settings = config if isinstance(config, Mapping) else {}
+    url, database = settings.get("task_url"), settings.get("task_db_name")
+    if not isinstance(url, str) or not isinstance(database, str):
+        raise context.refuse("mongo", "expected {task_url: mongodb://..., task_db_name: ...}")
+    context.set("task_url", f"{url.rstrip('/')}/{database}")
+
+
+def set_tree_parameters(context: Context) -> None:
+    """Of LightGBM's two names of a parameter the main one counts, as in LightGBM itself."""
+    for alias, name in context.parameters["names"].items():
+        if alias not in context.arguments:
+            continue
+        if name in context.arguments:
+            context.notes.ignore(alias, context.entry.title, f"{name} is set, which LightGBM uses")
+        else:
+            context.set(alias, context.get(alias))
+
+
 RULES: dict[str, Callable[[Context], None]] = {
     "device": set_device,
     "initial_weights": set_initial_weights,
@@ -298,4 +321,6 @@ RULES: dict[str, Callable[[Context], None]] = {
     "portfolio": set_portfolio,
     "provider": set_provider,
     "experiment_manager": set_experiment_manager,
+    "task_store": set_task_store,
+    "tree_parameters": set_tree_parameters,
 }

@@ -117,12 +117,12 @@ def find_entry(name: str) -> Entry | None:
 
 
 def unknown_class_message(name: str) -> str:
-    """Return the error message for a name that Qlib does not have."""
+    """Return the error message for a name that the table does not have."""
     title = name.rpartition(".")[2]
     titles = {n.rpartition(".")[2]: n for n in sorted(load_table(), reverse=True)}
     nearest = nearest_name(title, titles)
     guess = f" Did you mean {titles[nearest]!r}?" if nearest else ""
-    return f"Qlib {VERSION} has no {name!r}.{guess}"
+    return f"qtorch knows no {name!r} of Qlib {VERSION}.{guess}"
 
 
 def rule_targets(entry: Entry) -> Iterable[str]:

@@ -16,7 +16,7 @@ from qtorch.core.qlib.names import NAME_KEYS, has_qlib_names, qlib_name
 from qtorch.core.qlib.notes import Notes
 from qtorch.core.qlib.rules import RULES, Context
 from qtorch.core.qlib.table import Entry, find_entry, model_arguments, unknown_class_message
-from qtorch.core.trust import StoredText, as_stored_text
+from qtorch.core.trust import StoredText, as_stored_text, check_config_trust
 
 HYDRA_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 TARGET = "_target_"
@@ -212,3 +212,38 @@ def translate_task(
     if notes is None:
         own_notes.log_all()
     return translated
+
+
+def keep_class_form(original: Any, translated: Any) -> Any:
+    """Return a translated configuration as `class`, `module_path` and `kwargs` if it was so before.
+
+    Programs read `task["dataset"]["kwargs"]["segments"]` of a stored task. Arguments that have the
+    same name in both are kept in their form too.
+    """
+    if not (isinstance(original, Mapping) and isinstance(translated, Mapping)):
+        return translated
+    has_class = "class" in original and TARGET not in original
+    if not has_class or TARGET not in translated or any(k in translated for k in HYDRA_KEYS[1:]):
+        return translated
+    target = translated[TARGET]
+    module, _, title = target.rpartition(".")
+    names = {"class": title, "module_path": module}
+    if isinstance(target, StoredText):
+        names = as_stored_text(names)
+    arguments = original.get("kwargs") or {}
+    kwargs = {
+        key: keep_class_form(arguments.get(key), value)
+        for key, value in translated.items()
+        if key != TARGET
+    }
+    return {**names, "kwargs": kwargs}
+
+
+def check_definition_trust(definition: Any) -> None:
+    """Raise TrustError for the first object of a definition that is not trusted.
+
+    Names of Qlib's stand for ours.
+    """
+    if has_qlib_names(definition):
+        definition = translate_config(definition, Notes())
+    check_config_trust(definition)

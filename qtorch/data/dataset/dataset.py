@@ -351,11 +351,13 @@ class TSDatasetH(DatasetH):
     `TSDataSampler`, which starts with "none", as Qlib's does.
     """
 
+    DEFAULT_STEP_LEN = 30  # Qlib's
+
     def __init__(
         self,
         handler: Any,
         segments: Mapping[str, Any],
-        step_len: int = 30,
+        step_len: int = DEFAULT_STEP_LEN,
         flt_col: str | None = None,
         fetch_kwargs: Mapping[str, Any] | None = None,
         *,

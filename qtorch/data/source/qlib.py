@@ -279,6 +279,20 @@ class QlibSource(Source):
                             yield entry, f"{prefix}features/{instrument.name}/{entry.name}"
 
 
+def exists_qlib_data(qlib_dir: str | Path) -> bool:
+    """Whether a folder has bars in Qlib's layout: calendars, universes and features of them all.
+
+    Corresponds to Qlib's function of that name; unlike it this does not look for the feature folder
+    of each instrument, which `QlibSource` reports.
+    """
+    folder = resolve_path(qlib_dir)
+    parts = [folder / name for name in ("calendars", "instruments", "features")]
+    if not all(part.is_dir() and any(part.iterdir()) for part in parts):
+        return False
+    source = QlibSource(folder)
+    return all(source.fields(freq) for freq in source.frequencies())
+
+
 def _folders_by_frequency(provider_uri: str | dict[str, str]) -> dict[str, Path]:
     if isinstance(provider_uri, str):
         return {ANY_FREQUENCY: resolve_path(provider_uri)}

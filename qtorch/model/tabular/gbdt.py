@@ -89,11 +89,17 @@ class LGBModel(TabularModel, ModelFT):
     # -- training ------------------------------------------------------------------------------
 
     def fit(
-        self, dataset: Any, reweighter: Any = None, *, recorder: Recorder | None = None
+        self,
+        dataset: Any,
+        reweighter: Any = None,
+        *,
+        recorder: Recorder | None = None,
+        evals_result: dict[str, Any] | None = None,
     ) -> None:
         """Train on the segment "train", with early stopping on "valid" if the dataset has it.
 
-        The metrics of each round are logged to the recorder as `train/l2`, `valid/l2`. Raises
+        The metrics of each round are logged to the recorder as `train/l2`, `valid/l2`, and written
+        into `evals_result`, as in Qlib: `{"train": {"l2": [...]}, "valid": {...}}`. Raises
         DataError if there is nothing to learn from.
         """
         train = self._rows(dataset, "train", reweighter)
@@ -101,6 +107,8 @@ class LGBModel(TabularModel, ModelFT):
         if has_valid_segment(dataset):
             valid = self._rows(dataset, "valid", reweighter, train.names)
         self._boost(train, valid, self.num_boost_round, recorder)
+        if evals_result is not None:
+            evals_result.update(self.evals_result_)
 
     def finetune(
         self,
