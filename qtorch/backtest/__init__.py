@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qtorch.backtest.result import BacktestResult as BacktestResult
     from qtorch.backtest.run import backtest as backtest
     from qtorch.backtest.strategy import LongShortStrategy as LongShortStrategy
+    from qtorch.backtest.strategy import SoftTopkStrategy as SoftTopkStrategy
     from qtorch.backtest.strategy import StepContext as StepContext
     from qtorch.backtest.strategy import Strategy as Strategy
     from qtorch.backtest.strategy import TopkDropoutStrategy as TopkDropoutStrategy

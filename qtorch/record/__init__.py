@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qtorch.record.signal import HFSignalRecord as HFSignalRecord
     from qtorch.record.signal import SegmentICRecord as SegmentICRecord
     from qtorch.record.signal import SigAnaRecord as SigAnaRecord
+    from qtorch.record.signal import SignalMseRecord as SignalMseRecord
     from qtorch.record.signal import SignalRecord as SignalRecord
 
 __getattr__, __dir__ = lazy_names(__name__, __file__)

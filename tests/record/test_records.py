@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from qtorch.core.errors import RecordError
-from qtorch.record import Record, SegmentICRecord, SigAnaRecord, SignalRecord
+from qtorch.record import Record, SegmentICRecord, SigAnaRecord, SignalMseRecord, SignalRecord
 
 
 def test_signal_record_writes_scores_and_raw_label(model, dataset, recorder):
@@ -52,6 +52,26 @@ def test_signal_metrics_match_independent_computation(model, dataset, recorder):
     assert len(recorder.load_object("sig_analysis/long_avg_r.pkl")) == 40
     chart = Path(recorder.download_artifact("sig_analysis/ic.png"))
     assert chart.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_mean_squared_error_of_samples_with_score_and_label(model, dataset, recorder):
+    SignalRecord(model, dataset, recorder).generate()
+    score, label = (recorder.load_object(n).copy() for n in ("pred.pkl", "label.pkl"))
+    score.iloc[3], label.iloc[:2] = np.nan, np.nan
+    recorder.save_objects(**{"pred.pkl": score, "label.pkl": label.iloc[::-1]})
+    metrics = SignalMseRecord(recorder).generate()
+    keep = [k for k in range(len(score)) if k not in (0, 1, 3)]
+    difference = score["score"].to_numpy(np.float64)[keep] - label["LABEL0"].to_numpy()[keep]
+    expected = {"MSE": np.square(difference).mean(), "RMSE": np.square(difference).mean() ** 0.5}
+    assert metrics == pytest.approx(expected)
+    assert {k: recorder.list_metrics()[k] for k in expected} == metrics
+    assert recorder.load_object("sig_analysis/mse.pkl") == metrics["MSE"]
+    assert recorder.load_object("sig_analysis/rmse.pkl") == metrics["RMSE"]
+    recorder.save_objects(**{"label.pkl": label * np.nan})
+    with pytest.raises(RecordError, match="none of the .* samples has both a score and a label"):
+        SignalMseRecord(recorder).generate()
+    with pytest.raises(RecordError, match="label_col=1"):
+        SignalMseRecord(recorder, label_col=1).generate()
 
 
 @pytest.mark.slow

@@ -205,6 +205,11 @@ def set_memory_dataset(context: Context) -> None:
     """The windows and batches of MTSDatasetH; batches belong to the model."""
     if context.get("input_size") is None:
         context.set("step_len", context.get("seq_len"))
+        context.notes.change(
+            "steps of a window without a row are filled from the instrument's other rows; those of "
+            "Qlib's MTSDatasetH are left out, and in front of an instrument's first row there are "
+            "the last rows of another instrument, also of later days"
+        )
     else:
         context.target = context.parameters["columns"]  # the columns are the window
     if context.get("horizon"):
