@@ -491,7 +491,7 @@ def short_overrides(name: str) -> list[str]:
     title = SETTINGS[name.rpartition("-")[0]][1]
     epochs = {
         "DNNModelPytorch": ["max_steps=4", "eval_steps=2", "batch_size=512"],
-        **dict.fromkeys(("LGBModel", "XGBModel", "CatBoostModel"), ["num_boost_round=5"]),
+        **{name: ["num_boost_round=5"] for name in ("LGBModel", "XGBModel", "CatBoostModel")},
         "DEnsembleModel": ["epochs=5"],
         "LinearModel": [],
         "TabnetModel": ["n_epochs=1", "pretrain_n_epochs=1", "batch_size=512"],

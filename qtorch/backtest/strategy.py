@@ -563,10 +563,10 @@ class SoftTopkStrategy(WeightStrategyBase):
     def _move_weights(self, value: Floats, best: Indices) -> Floats:
         """Return the target weights `[N]` from the value of the holdings `[N]`, best first."""
         if not value.any():
-            weights = np.zeros_like(value)
-            weights[best] = 1 / self.topk
-            return weights
-        weights = value / value.sum()
+            equal_weights = np.zeros_like(value)
+            equal_weights[best] = 1 / self.topk
+            return equal_weights
+        weights: Floats = value / value.sum()
         losses = np.minimum(weights, self.max_sold_weight)
         losses[best] = 0.0
         weights -= losses

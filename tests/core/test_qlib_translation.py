@@ -88,6 +88,26 @@ def test_a_class_of_the_same_arguments_keeps_them_and_nested_names_are_translate
     assert type(generator).__module__.startswith("qtorch.task")
 
 
+def test_a_file_of_weights_is_where_the_network_starts(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lstm.pkl").write_bytes(b"weights")
+
+    def translate(title: str, **kwargs: Any) -> dict[str, Any]:
+        return translate_config({"class": f"qlib.contrib.model.{title}", "kwargs": kwargs})
+
+    config = translate("pytorch_gats_ts.GATs", base_model="LSTM", model_path="lstm.pkl")
+    assert config["init_from"] == f"file:{tmp_path / 'lstm.pkl'}"
+    assert not caplog.text
+    config = translate("pytorch_hist.HIST", model_path="run:5", stock2concept="a", stock_index="b")
+    assert config["init_from"] == "run:5"
+    assert "init_from" not in translate("pytorch_igmtf.IGMTF", model_path="gru.pkl")
+    assert f"is not loaded, because there is no file {tmp_path / 'gru.pkl'}" in caplog.text
+    assert "init_from" not in translate(
+        "pytorch_tra.TRAModel", model_config={}, tra_config={}, init_state="lstm.pkl"
+    )
+    assert "because its weights have other names here" in caplog.text
+
+
 def test_stored_names_stay_stored_text():
     config = translate_config(as_stored_text(LSTM))
     assert isinstance(config["_target_"], StoredText)

@@ -68,7 +68,7 @@ def test_mean_squared_error_of_samples_with_score_and_label(model, dataset, reco
     assert recorder.load_object("sig_analysis/mse.pkl") == metrics["MSE"]
     assert recorder.load_object("sig_analysis/rmse.pkl") == metrics["RMSE"]
     recorder.save_objects(**{"label.pkl": label * np.nan})
-    with pytest.raises(RecordError, match="none of the .* samples has both a score and a label"):
+    with pytest.raises(RecordError, match=r"none of the .* samples has both a score and a label"):
         SignalMseRecord(recorder).generate()
     with pytest.raises(RecordError, match="label_col=1"):
         SignalMseRecord(recorder, label_col=1).generate()

@@ -460,7 +460,8 @@ class NestedDataLoader(DataLoader):
         return any(loader.needs_source() for loader in self._loaders)
 
     def bind_train_segment(self, start: Any, end: Any) -> bool:
-        return any([loader.bind_train_segment(start, end) for loader in self._loaders])
+        are_changed = [loader.bind_train_segment(start, end) for loader in self._loaders]
+        return any(are_changed)
 
     def change_data(self, change: DataChange) -> DataLoader:
         loader = copy.copy(self)

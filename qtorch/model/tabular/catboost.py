@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from qtorch.core.errors import ArgumentError, check_name
 from qtorch.core.session import session
@@ -101,7 +102,7 @@ class CatBoostModel(BoostedTrees):
         )
 
     def _train_parameters(self) -> dict[str, Any]:
-        defaults: dict[str, Any] = {"allow_writing_files": False, "task_type": _find_device()}
+        defaults: dict[str, Any] = {"allow_writing_files": False, "task_type": _default_device()}
         if not self.params.keys() & set(LOG_NAMES):
             defaults["logging_level"] = "Silent"
         if session().seed is not None and not self.params.keys() & set(SEED_NAMES):
@@ -127,6 +128,11 @@ class CatBoostModel(BoostedTrees):
     def get_feature_importance(self, importance_type: str = "PredictionValuesChange") -> pd.Series:
         """Return the importance of each feature, sorted: how much it changes the scores, in %."""
         return self._sort_importance(self.booster.get_feature_importance(type=importance_type))
+
+
+def _default_device() -> str:
+    """Return "GPU" if there is one, as in Qlib (CatBoost's own count writes to stderr if not)."""
+    return "GPU" if torch.cuda.is_available() else "CPU"
 
 
 def _check_parameters(parameters: Mapping[str, Any]) -> None:
@@ -157,13 +163,6 @@ def _save_booster(booster: catboost.CatBoost) -> bytes:
         path = Path(folder, "model.cbm")
         booster.save_model(str(path), format="cbm")
         return path.read_bytes()
-
-
-def _find_device() -> str:
-    """Return "GPU" if CatBoost finds one, as Qlib does; else "CPU"."""
-    from catboost.utils import get_gpu_device_count
-
-    return "GPU" if get_gpu_device_count() else "CPU"
 
 
 class _Heartbeat:

@@ -66,7 +66,7 @@ class XGBModel(BoostedTrees):
         if valid is not None:
             sets.append((self._matrix(valid), "valid"))
         if stops_early:
-            callbacks.append(library.callback.EarlyStopping(self.early_stopping_rounds))
+            callbacks.append(library.callback.EarlyStopping(rounds=self.early_stopping_rounds))
         evaluations: Evaluations = {}
         booster = library.train(
             self._train_parameters(),

@@ -70,12 +70,12 @@ def test_full_windows_are_those_of_qlib_and_none_sees_another_instrument(
         for k, (date, instrument) in enumerate(sampler.get_index()):
             window, qlib_window = sampler[k], qlib_windows[f"{instrument} {date:%Y-%m-%d}"]
             num_rows = DATES.get_loc(date) - DATES.get_loc(first_days[instrument]) + 1
-            known = min(num_rows, STEPS)
-            np.testing.assert_array_equal(window[-known:], qlib_window[-known:])
+            length = min(num_rows, STEPS)
+            np.testing.assert_array_equal(window[-length:], qlib_window[-length:])
             num_full += num_rows >= STEPS
             if instrument == "B" and num_rows < STEPS:
                 # In Qlib the last days of A, which lie in the future, precede the rows of B.
                 future = frame.loc[(DATES[-1], "A"), "feature"]
-                np.testing.assert_array_equal(qlib_window[-known - 1], future)
+                np.testing.assert_array_equal(qlib_window[-length - 1], future)
                 assert not (window > frame.loc[(date, "B"), ("feature", "F1")]).any()
         assert num_full == (3 if segment == "train" else 10)

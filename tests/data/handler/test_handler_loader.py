@@ -43,8 +43,8 @@ def test_one_handlers_data_are_loaded_by_key_and_columns(handler):
     pd.testing.assert_frame_equal(DataLoaderDH(handler, {"col_set": "feature"}).load(), feature)
     chosen = DataLoaderDH(handler, {"col_set": ["label"]}).load()
     assert list(chosen.columns) == [("label", "L")]
-    everything = DataLoaderDH(handler, {"col_set": "__all"}).load()
-    assert list(everything.columns) == ["F0", "F1", "L"]
+    all_columns = DataLoaderDH(handler, {"col_set": "__all"}).load()
+    assert list(all_columns.columns) == ["F0", "F1", "L"]
     with pytest.raises(DataError, match="no date between"):
         DataLoaderDH(handler).load(None, "2021-01-01", "2021-02-01")
 
@@ -59,8 +59,8 @@ def test_several_handlers_become_groups(handler):
     pd.testing.assert_frame_equal(loaded["own"].dropna(how="all"), own)
     assert loaded["other"].dropna().index.equals(other.fetch().index)
     assert len(loaded) == 3 * len(DATES)
-    everything = DataLoaderDH({"x": handler}, {"col_set": "__all"}, is_group=True).view()
-    assert everything.group("x").names == ("F0", "F1", "L")
+    all_columns = DataLoaderDH({"x": handler}, {"col_set": "__all"}, is_group=True).view()
+    assert all_columns.group("x").names == ("F0", "F1", "L")
 
 
 def test_instruments_are_ignored_with_a_warning(handler, caplog):
