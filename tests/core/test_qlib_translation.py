@@ -88,6 +88,21 @@ def test_a_class_of_the_same_arguments_keeps_them_and_nested_names_are_translate
     assert type(generator).__module__.startswith("qtorch.task")
 
 
+def test_models_of_trees_keep_their_arguments_but_one():
+    notes = Notes()
+    config = {"class": "qlib.contrib.model.xgboost.XGBModel",
+              "kwargs": {"eta": 0.1, "n_estimators": 647, "nthread": 20}}  # fmt: skip
+    assert translate_config(config, notes) == {
+        "_target_": "qtorch.model.XGBModel", "eta": 0.1, "nthread": 20
+    }  # fmt: skip
+    assert list(notes.ignored) == ["n_estimators (XGBModel)"]
+    ensemble = {"class": "DEnsembleModel", "module_path": "qlib.contrib.model.double_ensemble",
+                "kwargs": {"num_models": 3, "decay": 0.5, "num_leaves": 210}}  # fmt: skip
+    assert translate_config(ensemble) == {
+        "_target_": "qtorch.model.DEnsembleModel", "num_models": 3, "decay": 0.5, "num_leaves": 210
+    }  # fmt: skip
+
+
 def test_a_file_of_weights_is_where_the_network_starts(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lstm.pkl").write_bytes(b"weights")
@@ -196,6 +211,13 @@ def test_records_get_qlibs_defaults_and_scores_instead_of_a_model():
     assert translate_config(strategy)["signal"] == "<PRED>"
     with pytest.raises(ConfigError, match="trade_exchange"):
         translate_config({**strategy, "kwargs": {"trade_exchange": 3}})
+    soft = translate_config({
+        "class": "SoftTopkStrategy",
+        "module_path": "qlib.contrib.strategy.cost_control",
+        "kwargs": {"model": "<MODEL>", "dataset": "<DATASET>", "topk": 3, "max_sold_weight": 0.1},
+    })  # fmt: skip
+    target = "qtorch.backtest.SoftTopkStrategy"
+    assert soft == {"_target_": target, "signal": "<PRED>", "topk": 3, "max_sold_weight": 0.1}
     analysis = translate_config("qlib.workflow.record_temp.SigAnaRecord")
     assert analysis == {"_target_": "qtorch.record.SigAnaRecord", "ann_scaler": 252}
 
