@@ -32,7 +32,9 @@ make_qlib_environment() {
     if ! has_qlib_environment "$folder"; then
         rm -rf "$folder"
         # pyqlib's source distribution would need a compiler.
-        create "$folder" "pyqlib $QLIB_VERSION" --only-binary=pyqlib "pyqlib==$QLIB_VERSION" -e .
+        # pyqlib does not require the libraries of its XGBoost and CatBoost models.
+        create "$folder" "pyqlib $QLIB_VERSION" --only-binary=pyqlib "pyqlib==$QLIB_VERSION" \
+            xgboost-cpu catboost -e .
     fi
 }
 

@@ -90,6 +90,39 @@ TREES = {
     "num_threads": 20,
 }
 
+XGBOOST = {
+    "eval_metric": "rmse",
+    "colsample_bytree": 0.8879,
+    "eta": 0.0421,
+    "max_depth": 8,
+    "n_estimators": 647,
+    "subsample": 0.8789,
+    "nthread": 20,
+}
+CATBOOST = {
+    "loss": "RMSE",
+    "learning_rate": 0.0421,
+    "subsample": 0.8789,
+    "max_depth": 6,
+    "num_leaves": 100,
+    "thread_count": 20,
+    "grow_policy": "Lossguide",
+    "bootstrap_type": "Poisson",
+}
+DOUBLE_ENSEMBLE = {
+    **TREES,
+    "base_model": "gbm",
+    "enable_sr": True,
+    "enable_fs": True,
+    "alpha1": 1,
+    "alpha2": 1,
+    "bins_sr": 10,
+    "bins_fs": 5,
+    "decay": 0.5,
+    "sample_ratios": [0.8, 0.7, 0.6, 0.5, 0.4],
+    "verbosity": -1,
+}
+
 # name -> (module of qlib.contrib.model, class, kind of data, arguments)
 SETTINGS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "LSTM-158": (
@@ -288,6 +321,30 @@ SETTINGS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     ),
     "LightGBM-158": ("gbdt", "LGBModel", DAYS, TREES),
     "LightGBM-360": ("gbdt", "LGBModel", COLUMNS, TREES),
+    "XGBoost-158": ("xgboost", "XGBModel", DAYS, XGBOOST),
+    "XGBoost-360": ("xgboost", "XGBModel", COLUMNS, XGBOOST),
+    "CatBoost-158": ("catboost_model", "CatBoostModel", DAYS, CATBOOST),
+    "CatBoost-360": ("catboost_model", "CatBoostModel", COLUMNS, CATBOOST),
+    "DoubleEnsemble-158": (
+        *("double_ensemble", "DEnsembleModel", DAYS),
+        {
+            **DOUBLE_ENSEMBLE,
+            "num_models": 3,
+            "sub_weights": [1, 1, 1],
+            "epochs": 28,
+            "learning_rate": 0.2,
+        },
+    ),
+    "DoubleEnsemble-360": (
+        *("double_ensemble", "DEnsembleModel", COLUMNS),
+        {
+            **DOUBLE_ENSEMBLE,
+            "num_models": 6,
+            "sub_weights": [1, 0.2, 0.2, 0.2, 0.2, 0.2],
+            "epochs": 136,
+            "early_stopping_rounds": 50,
+        },
+    ),
     "Linear-158": ("linear", "LinearModel", DAYS, {"estimator": "ols"}),
     "Linear-360": ("linear", "LinearModel", COLUMNS, {"estimator": "ols"}),
 }
@@ -439,7 +496,8 @@ def short_overrides(name: str) -> list[str]:
     title = SETTINGS[name.rpartition("-")[0]][1]
     epochs = {
         "DNNModelPytorch": ["max_steps=4", "eval_steps=2", "batch_size=512"],
-        "LGBModel": ["num_boost_round=5"],
+        **{name: ["num_boost_round=5"] for name in ("LGBModel", "XGBModel", "CatBoostModel")},
+        "DEnsembleModel": ["epochs=5"],
         "LinearModel": [],
         "TabnetModel": ["n_epochs=1", "pretrain_n_epochs=1", "batch_size=512"],
         "TRAModel": ["n_epochs=1", "early_stop=1"],

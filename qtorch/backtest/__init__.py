@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qtorch.backtest.run import SimulatorExecutor as SimulatorExecutor
     from qtorch.backtest.run import backtest as backtest
     from qtorch.backtest.strategy import LongShortStrategy as LongShortStrategy
+    from qtorch.backtest.strategy import SoftTopkStrategy as SoftTopkStrategy
     from qtorch.backtest.strategy import StepContext as StepContext
     from qtorch.backtest.strategy import Strategy as Strategy
     from qtorch.backtest.strategy import TopkDropoutStrategy as TopkDropoutStrategy

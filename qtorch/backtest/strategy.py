@@ -173,9 +173,8 @@ class TopkDropoutStrategy(Strategy):
         seed: int = 0,
     ) -> None:
         super().__init__(signal=signal, risk_degree=risk_degree)
-        for name, minimum, value in (("topk", 1, topk), ("n_drop", 0, n_drop)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise ConfigError(f"{name}={value!r}: expected a whole number, at least {minimum}.")
+        _check_count("topk", topk, 1)
+        _check_count("n_drop", n_drop, 0)
         check_name("method_sell", method_sell, ("bottom", "random"))
         check_name("method_buy", method_buy, ("top", "random"))
         self.topk, self.n_drop = topk, n_drop
@@ -192,11 +191,7 @@ class TopkDropoutStrategy(Strategy):
         dates: pd.DatetimeIndex,
         universe: Bools,
     ) -> None:
-        if self.topk > universe.sum():
-            raise ConfigError(
-                f"topk={self.topk} is more than the {int(universe.sum())} instruments that have "
-                "both scores and bars."
-            )
+        _check_universe(self.topk, universe)
 
     def decide(self, context: StepContext) -> Orders:
         """Sell the worst holdings, then buy the best candidates."""
@@ -313,6 +308,19 @@ class TopkDropoutStrategy(Strategy):
         return Orders(member, instrument, amount, np.ones(len(member), dtype=np.bool_))
 
 
+def _check_count(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name}={value!r}: expected a whole number, at least {minimum}.")
+
+
+def _check_universe(topk: int, universe: Bools) -> None:
+    if topk > universe.sum():
+        raise ConfigError(
+            f"topk={topk} is more than the {int(universe.sum())} instruments that have both scores "
+            "and bars."
+        )
+
+
 class _Places(NamedTuple):
     """Instruments of members `[K]`, by member and within a member by their rank, from 0."""
 
@@ -426,6 +434,20 @@ class WeightStrategyBase(Strategy):
         account, market = context.account, context.market
         weights = self.target_weights(context)
         has_target = ~np.isnan(weights).all(axis=1, keepdims=True)
+        target = self.target_amounts(np.nan_to_num(weights), context)
+        delta = target - account.amount
+        rounded_amount = market.round_lots(np.abs(delta), np.arange(delta.shape[1]))
+        # Closing a position includes its odd lots, so that order is not rounded.
+        size = np.where(target == 0, np.abs(delta), rounded_amount)
+        can_trade = has_target & market.is_tradable()
+        sales = Orders.from_mask(can_trade & (delta < 0) & (size > 0), size, buying=False)
+        return sales.append(
+            Orders.from_mask(can_trade & (delta > 0) & (size > 0), size, buying=True)
+        )
+
+    def target_amounts(self, weights: Floats, context: StepContext) -> Floats:
+        """Return the amounts `[M, N]` to hold for target weights `[M, N]` (0 for none)."""
+        account, market = context.account, context.market
         risk_degree = self.read_risk_degree(context.step)
         value = np.maximum(account.value(), 0.0)[:, None] * risk_degree
         was_tradable = np.zeros_like(market.is_suspended)
@@ -437,16 +459,8 @@ class WeightStrategyBase(Strategy):
             )
         price = np.where(was_tradable, previous_close, account.price)
         with np.errstate(invalid="ignore"):
-            target = np.nan_to_num(value * np.nan_to_num(weights) / price)
-        delta = target - account.amount
-        rounded_amount = market.round_lots(np.abs(delta), np.arange(delta.shape[1]))
-        # Closing a position includes its odd lots, so that order is not rounded.
-        size = np.where(target == 0, np.abs(delta), rounded_amount)
-        can_trade = has_target & market.is_tradable()
-        sales = Orders.from_mask(can_trade & (delta < 0) & (size > 0), size, buying=False)
-        return sales.append(
-            Orders.from_mask(can_trade & (delta > 0) & (size > 0), size, buying=True)
-        )
+            target: Floats = np.nan_to_num(value * weights / price)
+        return target
 
 
 class WeightStrategy(WeightStrategyBase):
@@ -481,6 +495,109 @@ class WeightStrategy(WeightStrategyBase):
         assert context.score is not None
         has_weights = (~np.isnan(context.score)).any(axis=1, keepdims=True)
         return np.where(has_weights, np.nan_to_num(context.score), np.nan)
+
+
+class SoftTopkStrategy(WeightStrategyBase):
+    """Holds the best `topk` instruments and moves weight from the others to them by and by.
+
+    On each bar the holdings that are not among the best `topk` lose weight, each at most
+    `max_sold_weight` (a fraction of the value of all holdings). What they lose goes to the best:
+    `buy_method="first_fill"` fills each up to 1 / topk, the best first; "average_fill" divides it
+    equally. An empty account buys the best, each for 1 / topk. The weights are shares of what is
+    invested: the tradable holdings and the cash, less 1 - `risk_degree` of the account and the
+    costs, are divided over the instruments that can be traded. With `at_trade_prices` amounts
+    follow from the deal prices of the trade bar; otherwise from the previous bar's closes, as in
+    WeightStrategyBase. Equal scores are ranked by instrument name.
+
+    Corresponds to Qlib's strategy of that name (contrib/strategy/cost_control.py) with its
+    OrderGenWInteract, or OrderGenWOInteract without `at_trade_prices`. Differences: Qlib's cannot
+    be built, because it hands its arguments on in the wrong way; Qlib fills up the best in the
+    random order of a set; a suspended holding counts by its last close (in Qlib the amounts become
+    NaN); and amounts are only rounded to trade units, while Qlib rounds adjusted amounts down to
+    whole numbers (`as_qlib=True` of the backtest does so too).
+    """
+
+    needs_signal: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        topk: int,
+        signal: Any = None,
+        max_sold_weight: float = 1.0,
+        risk_degree: float = 0.95,
+        buy_method: Literal["first_fill", "average_fill"] = "first_fill",
+        at_trade_prices: bool = True,
+    ) -> None:
+        super().__init__(signal=signal, risk_degree=risk_degree)
+        _check_count("topk", topk, 1)
+        check_name("buy_method", buy_method, ("first_fill", "average_fill"))
+        if not 0 < max_sold_weight <= 1:
+            raise ConfigError(
+                f"max_sold_weight={max_sold_weight!r}: expected a fraction above 0 and at most 1."
+            )
+        self.topk, self.max_sold_weight = topk, max_sold_weight
+        self.buy_method, self.at_trade_prices = buy_method, at_trade_prices
+
+    def start(
+        self,
+        exchange: Exchange,
+        instruments: pd.Index,
+        dates: pd.DatetimeIndex,
+        universe: Bools,
+    ) -> None:
+        _check_universe(self.topk, universe)
+
+    def target_weights(self, context: StepContext) -> Floats:
+        assert context.score is not None
+        value = np.nan_to_num(context.account.amount * context.account.price)
+        weights = np.full(context.score.shape, np.nan)
+        for member, score in enumerate(context.score):
+            columns = np.flatnonzero(~np.isnan(score))
+            if len(columns):
+                order = np.argsort(-score[columns], kind="stable")
+                best = columns[order[: self.topk]]
+                weights[member] = self._move_weights(value[member], best)
+        return weights
+
+    def _move_weights(self, value: Floats, best: Indices) -> Floats:
+        """Return the target weights `[N]` from the value of the holdings `[N]`, best first."""
+        if not value.any():
+            equal_weights = np.zeros_like(value)
+            equal_weights[best] = 1 / self.topk
+            return equal_weights
+        weights: Floats = value / value.sum()
+        losses = np.minimum(weights, self.max_sold_weight)
+        losses[best] = 0.0
+        weights -= losses
+        if self.buy_method == "average_fill":
+            weights[best] += losses.sum() / len(best)
+        else:
+            room = np.maximum(1 / self.topk - weights[best], 0.0)
+            earlier = np.cumsum(room) - room  # the room of those that are filled before
+            weights[best] += np.clip(losses.sum() - earlier, 0.0, room)
+        return weights
+
+    def target_amounts(self, weights: Floats, context: StepContext) -> Floats:
+        if not self.at_trade_prices:
+            return super().target_amounts(weights, context)
+        account, market, exchange = context.account, context.market, context.market.exchange
+        is_tradable = market.is_tradable()
+        price = market.price("sell")
+        value = np.nan_to_num(account.amount * np.where(np.isnan(price), account.price, price))
+        reserve = (1.0 - self.read_risk_degree(context.step)) * (
+            value.sum(axis=1) + account.cash + account.unsettled_cash
+        )
+        budget = np.where(is_tradable, value, 0.0).sum(axis=1) + account.cash - reserve
+        budget = np.maximum(budget, 0.0) / (1 + max(exchange.open_cost, exchange.close_cost))
+        weights = np.where(is_tradable, weights, 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            part = budget[:, None] * weights / weights.sum(axis=1, keepdims=True)
+            amount = part / market.price("buy")
+            if context.as_qlib:
+                amount = part // market.price("buy")
+        target: Floats = np.nan_to_num(amount, posinf=0.0)
+        return target
 
 
 class LongShortStrategy(WeightStrategyBase):

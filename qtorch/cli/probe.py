@@ -49,7 +49,7 @@ SHORT_TRAINER = {
     "enable_progress_bar": False,
     "enable_checkpointing": False,
 }
-SHORT_BOOSTING = {"num_boost_round": 5, "early_stopping_rounds": 5}
+SHORT_BOOSTING = {"num_boost_round": 5, "early_stopping_rounds": 5, "epochs": 5}
 
 
 def main(argv: Sequence[str]) -> int:

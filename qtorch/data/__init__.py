@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qtorch.data.handler.handler import DataHandler as DataHandler
     from qtorch.data.handler.handler import DataHandlerLP as DataHandlerLP
     from qtorch.data.handler.loader import DataLoader as DataLoader
+    from qtorch.data.handler.loader import DataLoaderDH as DataLoaderDH
     from qtorch.data.handler.loader import NestedDataLoader as NestedDataLoader
     from qtorch.data.handler.loader import QlibDataLoader as QlibDataLoader
     from qtorch.data.handler.loader import StaticDataLoader as StaticDataLoader

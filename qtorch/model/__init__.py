@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from qtorch.model.methods.tabnet import TabNetModule as TabNetModule
     from qtorch.model.methods.tcts import TCTSModule as TCTSModule
     from qtorch.model.methods.tra import TRAModule as TRAModule
+    from qtorch.model.tabular.catboost import CatBoostModel as CatBoostModel
+    from qtorch.model.tabular.double_ensemble import DEnsembleModel as DEnsembleModel
     from qtorch.model.tabular.gbdt import LGBModel as LGBModel
     from qtorch.model.tabular.linear import LinearModel as LinearModel
+    from qtorch.model.tabular.xgboost import XGBModel as XGBModel
 
 __getattr__, __dir__ = lazy_names(__name__, __file__)

@@ -10,17 +10,20 @@ from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pytorch_lightning as pl
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qtorch.core.errors import ConfigError, DataError, LoadObjectError, check_name, join_names
 from qtorch.core.serial import State
+from qtorch.core.session import resolve_path
 from qtorch.data.dataset.samples import Samples
 from qtorch.model.input_schema import InputSchema
 from qtorch.model.loop.factories import OptimizerFactory
 from qtorch.nn.layers import layer_groups
 from qtorch.nn.lora import LoRA
+from qtorch.nn.network import Network
 from qtorch.tracking.manager import find_run
 from qtorch.tracking.recorder import tag_lineage
 from qtorch.tracking.store_types import NotInStoreError
@@ -34,8 +37,15 @@ StatisticsMode = Literal["keep", "refit", "adapt"]
 STATISTICS: tuple[str, ...] = ("keep", "refit", "adapt")
 ADAPT_WEIGHT = 0.5  # weight of the new data's statistics with statistics="adapt"
 LORA_OPTIONS = ("rank", "alpha", "targets", "trained")
-RUN_PREFIX, DEFAULT_ARTIFACT = "run:", "params.pkl"
-EXPECTED_FORMAT = "expected 'run:RUN_ID', or 'run:RUN_ID/NAME' for a model saved under another name"
+RUN_PREFIX, FILE_PREFIX, DEFAULT_ARTIFACT = "run:", "file:", "params.pkl"
+EXPECTED_FORMAT = (
+    "expected 'run:RUN_ID', 'run:RUN_ID/NAME' for a model saved under another name, or 'file:PATH' "
+    "for a file of weights"
+)
+EXPECTED_FILE = (
+    "expected the weights of a network, by name: torch.save(network.state_dict(), PATH), or a "
+    ".safetensors file"
+)
 
 
 @dataclass(frozen=True)
@@ -256,7 +266,7 @@ def _match_patterns(names: Sequence[str], patterns: Sequence[str], option: str) 
 
 
 def check_initial_run(init_from: Any) -> None:
-    """Raise ConfigError unless `init_from` is None or names a run."""
+    """Raise ConfigError unless `init_from` is None or names a run or a file."""
     if init_from is None:
         return
     if not isinstance(init_from, str):
@@ -264,28 +274,32 @@ def check_initial_run(init_from: Any) -> None:
             f"init_from is a {type(init_from).__name__}; {EXPECTED_FORMAT} "
             "(f'run:{recorder.id}'), because a task must be plain data."
         )
-    if (
-        not init_from.startswith(RUN_PREFIX)
-        or not init_from.removeprefix(RUN_PREFIX).partition("/")[0]
-    ):
+    run, path = (init_from.removeprefix(p) for p in (RUN_PREFIX, FILE_PREFIX))
+    if not (run != init_from and run.partition("/")[0]) and path in ("", init_from):
         raise ConfigError(f"init_from is {init_from!r}; {EXPECTED_FORMAT}.")
 
 
 @dataclass
 class InitialWeights:
-    """The fitted network of an earlier run, whose weights initialize another network."""
+    """The weights of an earlier run or of a file, which initialize another network.
+
+    `network` is that of the run; a file has weights without a network.
+    """
 
     source: str
-    network: nn.Module
-    input_schema: InputSchema | None
+    weights: Mapping[str, Tensor]
+    network: nn.Module | None = None
+    input_schema: InputSchema | None = None
     copied_names: list[str] = field(default_factory=list)
 
     @classmethod
     def load(cls, init_from: str, run: Recorder | None) -> Self:
-        """Load the fitted network that `init_from` names, and tag `run` with its source.
+        """Load the weights that `init_from` names, and tag `run` with an earlier run.
 
-        Raises ConfigError if the run or the object does not exist, or if the object has no network.
+        Raises ConfigError if the run, the object or the file does not exist, or has no weights.
         """
+        if init_from.startswith(FILE_PREFIX):
+            return cls(init_from, load_weights_file(init_from.removeprefix(FILE_PREFIX)))
         run_id, _, name = init_from.removeprefix(RUN_PREFIX).partition("/")
         name = name or DEFAULT_ARTIFACT
         try:
@@ -307,7 +321,8 @@ class InitialWeights:
             )
         if run is not None:
             tag_lineage(run, recorder)
-        return cls(init_from, network, getattr(model, "input_schema_", None))
+        schema = getattr(model, "input_schema_", None)
+        return cls(init_from, network.state_dict(), network, schema)
 
     def match_features(self, samples: Samples) -> Samples:
         """Return the samples with the features that the weights were trained on, matched by name.
@@ -322,7 +337,8 @@ class InitialWeights:
     def apply(self, network: nn.Module) -> nn.Module:
         """Copy the weights whose name and shape match into `network`, and return it."""
         try:
-            self.copied_names = copy_shared_weights(network, self.network)
+            earlier = self.weights if self.network is None else self.network
+            self.copied_names = copy_shared_weights(network, earlier)
         except ConfigError as error:
             raise ConfigError(f"init_from={self.source!r}: {error}") from error
         all_modules, copied_modules = (
@@ -340,28 +356,63 @@ class InitialWeights:
     @property
     def digest(self) -> str:
         """A hash of the source weights."""
-        return weights_digest(self.network)
+        return _state_digest(self.weights)
 
     @property
     def description(self) -> dict[str, Any]:
-        """The source run and the copied weights, for the fit report."""
+        """The source and the copied weights, for the fit report."""
         return {"from": self.source, "weights": self.copied_names}
 
 
-def copy_shared_weights(network: nn.Module, earlier: nn.Module) -> list[str]:
+def load_weights_file(path: str) -> dict[str, Tensor]:
+    """Load the weights of a file by name: torch's format without other objects, or safetensors.
+
+    Raises ConfigError, which says what was expected, for anything else.
+    """
+    file = resolve_path(path)
+    try:
+        if file.suffix == ".safetensors":
+            content: Any = safetensors.torch.load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ConfigError(f"init_from='file:{path}': there is no file {file}.") from error
+    except Exception as error:  # torch and safetensors raise errors of many kinds
+        raise ConfigError(
+            f"init_from='file:{path}': {type(error).__name__}: {str(error).partition(chr(10))[0]} "
+            f"({EXPECTED_FILE})"
+        ) from error
+    is_state = isinstance(content, Mapping) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    )
+    if not is_state or not content:
+        parts = list(content)[:6] if isinstance(content, Mapping) else type(content).__name__
+        raise ConfigError(f"init_from='file:{path}' contains {parts}: {EXPECTED_FILE}.")
+    return dict(content)
+
+
+def copy_shared_weights(network: nn.Module, earlier: nn.Module | Mapping[str, Tensor]) -> list[str]:
     """Copy the weights that a network shares by name and shape with another architecture.
 
-    Returns their names. Weights that only one of the two networks has are not changed, nor is an
-    output head of another width (other labels). Raises ConfigError, which lists the shapes, if any
-    other weight of the same name differs in shape, or if no weight is shared: a half-initialized
-    network is not what the user wants.
+    `earlier` is a network or the weights of one. Returns the names of what was copied. Weights that
+    only one of the two networks has are not changed, nor is an output head of another width (other
+    labels). The recurrent weights of an LSTM or GRU are those of the network's `recurrent_layer`.
+    Raises ConfigError, which lists the shapes, if any other weight of the same name differs in
+    shape, or if no weight is shared: a half-initialized network is not what the user wants.
     """
-    own, weights = network.state_dict(), earlier.state_dict()
-    heads = {name for model in (network, earlier) for name in layer_groups(model)[-1]}
+    own, heads = network.state_dict(), set(layer_groups(network)[-1])
+    if isinstance(earlier, nn.Module):
+        weights, title = earlier.state_dict(), f"the run's {type(earlier).__name__}"
+        heads |= set(layer_groups(earlier)[-1])
+    else:
+        weights, title = dict(earlier), "the file's weights"
+    if isinstance(network, Network):
+        old, new = Network.recurrent_layer, network.recurrent_layer
+        weights = {_rename_layer(name, old, new): value for name, value in weights.items()}
     shared_names = [n for n, w in weights.items() if n in own and own[n].shape == w.shape]
     mismatches = [n for n, w in weights.items() if n in own and own[n].shape != w.shape]
     errors = [n for n in mismatches if n not in heads]
-    names = f"a {type(network).__name__} and the run's {type(earlier).__name__}"
+    names = f"a {type(network).__name__} and {title}"
     if errors:
         shapes = [f"{n} {list(own[n].shape)} and {list(weights[n].shape)}" for n in errors]
         raise ConfigError(
@@ -377,14 +428,24 @@ def copy_shared_weights(network: nn.Module, earlier: nn.Module) -> list[str]:
     return shared_names
 
 
+def _rename_layer(name: str, old: str, new: str) -> str:
+    """Return the name of a weight whose first layer has another name."""
+    layer, dot, rest = name.partition(".")
+    return f"{new}{dot}{rest}" if layer == old else name
+
+
 def _format_shapes(weights: Mapping[str, Tensor]) -> str:
     return join_names([f"{n} {list(w.shape)}" for n, w in weights.items()], 6)
 
 
 def weights_digest(network: nn.Module) -> str:
     """Return a hash of a network's weights."""
+    return _state_digest(network.state_dict())
+
+
+def _state_digest(weights: Mapping[str, Tensor]) -> str:
     sha256 = hashlib.sha256()
-    for name, value in network.state_dict().items():
+    for name, value in weights.items():
         sha256.update(name.encode())
         flat = value.detach().cpu().contiguous().view(-1)
         sha256.update(flat.view(torch.uint8).numpy().tobytes())

@@ -135,7 +135,9 @@ class LightningModel(ModelFT):
     `init_from`: "run:RUN_ID" (in the current tracking store): `fit` starts from that run's weights
     wherever name and shape match. The run may have another architecture (GATs or HIST start from an
     LSTM or GRU, as in their papers). Features are matched by name, and tags record the source run.
-    "run:RUN_ID/NAME" uses the model that was saved there as NAME.
+    "run:RUN_ID/NAME" uses the model that was saved there as NAME. "file:PATH" starts from a file of
+    weights by name (`torch.save(network.state_dict(), PATH)`, as of Qlib's LSTM, or safetensors);
+    its features are those of the dataset, in the same order.
     `allow_nonfinite`: accept NaN and infinite weights after a training, and return NaN and infinite
     scores, instead of raising DataError. It can also be set later, as an attribute.
     `seed`: seed of initial weights, dropout and sample order; None uses the session's seed, or a

@@ -27,12 +27,15 @@ class Network(nn.Module):
     `extras` names additional tensors that `forward` takes as keyword arguments: "instrument" and
     "date" (`[B]` int64, columns and rows of the panel), and extras of the dataset by name.
 
+    `recurrent_layer` names the layer that takes the recurrent weights of a trained LSTM or GRU.
+
     A network stores its constructor arguments, so that `config` describes it.
     """
 
     inputs: ClassVar[Literal["window", "flat"]] = "window"
     cross_section: ClassVar[bool] = False
     extras: ClassVar[tuple[str, ...]] = ()
+    recurrent_layer: ClassVar[str] = "rnn"
 
     num_outputs: int
     arguments: dict[str, Any]

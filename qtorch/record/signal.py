@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -257,26 +256,39 @@ class SegmentICRecord(Record):
 
 
 class SignalMseRecord(Record):
-    """Logs `MSE` and `RMSE` of `pred.pkl` against the raw labels; writes both to `sig_analysis/`.
+    """Writes the mean squared error of the scores to `sig_analysis/`, and logs MSE and RMSE.
 
-    Pairs with a missing value are left out. Corresponds to Qlib's SignalMseRecord. The first
-    columns of scores and labels are compared.
+    `mse.pkl` and `rmse.pkl` are numbers: the mean over all samples of the test segment that have a
+    score and a raw label, and its root. They tell something only of scores on the label's scale: a
+    model whose labels are ranked or normalised by its handler has others. `label_col` selects one
+    of several label columns. Corresponds to Qlib's SignalMseRecord, which fails if a label is
+    missing.
     """
 
     artifact_path: ClassVar[str | None] = "sig_analysis"
     depend_cls: ClassVar[type[Record] | None] = SignalRecord
     input_artifacts: ClassVar[tuple[str, ...]] = ("pred.pkl", "label.pkl")
 
+    def __init__(self, recorder: Recorder | None = None, label_col: int = 0) -> None:
+        super().__init__(recorder)
+        self.label_col = label_col
+
     def generate(self) -> dict[str, float]:
-        """Compute, store and log; return the stored numbers."""
+        """Compute, store and log; return the metrics."""
         self.check()
-        score, label = (self.load(name).iloc[:, 0] for name in self.input_artifacts)
-        error = float(((score - label) ** 2).mean())
-        objects = {"mse.pkl": error, "rmse.pkl": math.sqrt(error)}
-        metrics = {"MSE": objects["mse.pkl"], "RMSE": objects["rmse.pkl"]}
+        score = self.load("pred.pkl").iloc[:, 0].astype(float)
+        label = select_label(self.load("label.pkl"), self.label_col).astype(float)
+        error = (score - label).dropna()
+        if error.empty:
+            raise RecordError(
+                f"none of the {len(score)} samples has both a score and a label: the mean squared "
+                "error is undefined."
+            )
+        mse = float((error**2).mean())
+        metrics = {"MSE": mse, "RMSE": mse**0.5}
         self.recorder.log_batch(finite_metrics(metrics), step=0)
-        self.save(**objects)
-        return objects
+        self.save(**{"mse.pkl": mse, "rmse.pkl": mse**0.5})
+        return metrics
 
     def list(self) -> Names:
         return ["mse.pkl", "rmse.pkl"]

@@ -37,7 +37,7 @@ FORMAT = 2
 PACKAGES = (  # packages that can influence results; those not installed are skipped
     *("torch", "pytorch-lightning", "lightning", "hydra-core", "omegaconf"),
     *("numpy", "pandas", "pyarrow", "scipy", "mlflow", "safetensors"),
-    *("lightgbm", "cvxpy", "optuna"),
+    *("lightgbm", "xgboost", "xgboost-cpu", "catboost", "cvxpy", "optuna"),
 )
 
 

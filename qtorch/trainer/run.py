@@ -429,6 +429,7 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
         session_seed = session().seed
         complete["seed"] = secrets.randbelow(2**31) if session_seed is None else session_seed
     complete["dataset"] = _resolve_source(complete["dataset"])
+    complete["model"] = _resolve_weights(complete["model"])
     complete = resolve_segments(complete)
     if complete.get("record") and session().region != Session.region:
         complete["record"] = _with_region(complete["record"], session().region)
@@ -501,6 +502,16 @@ def _resolve_source(dataset: Any) -> Any:
             source = {"_target_": QLIB_SOURCE, "provider_uri": provider}
             handler = _set_option(handler, "source", source)
     return _set_option(dataset, "handler", handler)
+
+
+def _resolve_weights(model: Any) -> Any:
+    """Make the file of a model's initial weights independent of the working folder."""
+    if not isinstance(model, Mapping):
+        return model
+    kind, prefix, path = str(_options(model).get("init_from")).partition("file:")
+    if kind or not prefix:
+        return model
+    return _set_option(model, "init_from", f"{prefix}{resolve_path(path)}")
 
 
 def _resolve_paths(config: Any, key: str = "") -> Any:

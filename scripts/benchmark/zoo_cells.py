@@ -40,6 +40,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "linear": ("dataset=day",),
     # The published penalties are for a hundred times as many rows; here they leave one leaf.
     "lightgbm": ("dataset=day", "model.lambda_l1=2", "model.lambda_l2=6"),
+    "double_ensemble": ("dataset=day", "model.lambda_l1=2", "model.lambda_l2=6"),
+    "xgboost": ("dataset=day",),
+    "catboost": ("dataset=day",),
     "hist": (CONCEPTS,),
     "master": ("dataset.step_len=8",),
     "stockmixer": ("dataset.step_len=16",),

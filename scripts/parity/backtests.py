@@ -62,10 +62,12 @@ def ask_qlib(
     benchmark: str,
     codes: str = "all",
     repair_faults: bool = False,
+    script: str = "qlib_backtest.py",
 ) -> list[Answer]:
     """Run Qlib on the settings and return its results in the same order.
 
-    `repair_faults`: repair the strategy's bugs first (`qlib_backtest.py` lists them).
+    `repair_faults`: repair the strategy's bugs first (`qlib_backtest.py` lists them). `script` runs
+    it, in this folder.
     """
     job = {
         "provider": provider,
@@ -80,9 +82,8 @@ def ask_qlib(
     }
     scores.to_pickle(job["scores"])
     (folder / "job.json").write_text(json.dumps(job))
-    script = Path(__file__).with_name("qlib_backtest.py")
     process = subprocess.run(
-        [python, str(script), str(folder / "job.json"), str(folder)],
+        [python, str(Path(__file__).with_name(script)), str(folder / "job.json"), str(folder)],
         capture_output=True,
         text=True,
     )

@@ -22,7 +22,9 @@ from backtest_goldens import (  # noqa: E402
     golden_scores,
 )
 
-from qtorch.backtest import TopkDropoutStrategy, backtest  # noqa: E402
+from qtorch.backtest import SoftTopkStrategy, TopkDropoutStrategy, backtest  # noqa: E402
+from qtorch.data import QlibSource  # noqa: E402
+from qtorch.data.source import write_qlib  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden" / "qlib_backtests.npz"
 CASES = golden_cases()
@@ -116,3 +118,40 @@ def test_real_bars_equal_qlib(market_data, qlib_python, tmp_path):
         result = parity.run_qtorch(provider, random_scores, span, case, benchmark="NYSE500EW")
         row = parity.compare(str(case), result, qlib_result)
         assert row.passes, row
+
+
+SOFT_TOPK = [
+    {"topk": 5, "max_sold_weight": 0.1, "buy_method": "first_fill", "risk_degree": 0.95},
+    {"topk": 8, "max_sold_weight": 1.0, "buy_method": "first_fill", "risk_degree": 0.8},
+    {"topk": 5, "max_sold_weight": 0.05, "buy_method": "average_fill", "risk_degree": 0.95},
+]
+
+
+@pytest.mark.qlib
+def test_soft_topk_equals_qlib(qlib_python, market, tmp_path):
+    """With price limits and trade units; Qlib cannot value a holding that is suspended."""
+    bars = market.load().to_frame()["close"].unstack().loc[slice(*SPAN)]
+    traded = bars.columns[bars.notna().all()].drop(BENCHMARK)
+    signal = golden_scores(market)
+    signal = signal[signal.index.get_level_values("instrument").isin(traded)]
+    exchange = {"limit_threshold": 0.03, "deal_price": "open", "trade_unit": 100,
+                "open_cost": 0.0005, "close_cost": 0.0015, "min_cost": 5.0}  # fmt: skip
+    selected_cases = [{"strategy": arguments, "exchange": exchange} for arguments in SOFT_TOPK]
+    provider = str(write_qlib(market, tmp_path / "market"))
+    qlib_results = parity.ask_qlib(
+        qlib_python, provider, signal, SPAN, selected_cases, tmp_path,
+        benchmark=BENCHMARK, script="qlib_soft_topk.py",
+    )  # fmt: skip
+    for case, qlib_result in zip(selected_cases, qlib_results, strict=True):
+        result = backtest(
+            *SPAN,
+            SoftTopkStrategy(signal=signal, **case["strategy"]),
+            account=parity.CASH,
+            benchmark=BENCHMARK,
+            exchange_kwargs=exchange,
+            source=QlibSource(provider),
+            as_qlib=True,
+        )
+        row = parity.compare(str(case), result, qlib_result)
+        assert row.passes, row
+        assert len(qlib_result.orders) > 300

@@ -12,6 +12,7 @@ from qtorch.backtest import (
     EnhancedIndexingStrategy,
     Exchange,
     LongShortStrategy,
+    SoftTopkStrategy,
     WeightStrategy,
     backtest,
 )
@@ -208,3 +209,75 @@ def test_reused_strategy_reads_the_get_benchmark_weights_each_backtest(days):
         strategy.start(exchange, pd.Index(names), dates, np.ones(3, dtype=bool))
         bench = strategy._get_benchmark_weights(dates[-1], pd.Index(names))
         np.testing.assert_allclose(bench, 1 / 3, rtol=1e-6)
+
+
+def soft_topk(source, scores, **arguments):
+    strategy = SoftTopkStrategy(signal=scores, **{"topk": 2, "risk_degree": 1.0, **arguments})
+    return run(strategy, source)
+
+
+def test_soft_topk_moves_weight_from_the_worst_to_the_best(days):
+    source = bars({name: [10.0] * 5 for name in "ABC"})
+    scores = score_table({"A": [3, 1, 1, 1], "B": [2, 2, 2, 2], "C": [1, 3, 3, 3]}, days)
+    result = soft_topk(source, scores, max_sold_weight=0.2)
+    amounts = result.positions["amount"].unstack(fill_value=0)
+    assert amounts.loc[days[1]].to_dict() == {"A": 500, "B": 500, "C": 0}
+    # A loses a fifth of the account on each day, which fills C up; at last it loses all it has.
+    assert amounts.loc[days[2]].to_dict() == pytest.approx({"A": 300, "B": 500, "C": 200})
+    assert amounts.loc[days[3]].to_dict() == pytest.approx({"A": 100, "B": 500, "C": 400})
+    assert amounts.loc[days[4]].to_dict() == pytest.approx({"A": 0, "B": 500, "C": 500})
+
+
+def test_soft_topk_fills_the_best_first_or_all_equally(days):
+    source = bars({name: [10.0] * 3 for name in "ABCD"})
+    scores = score_table({"A": [4, 1], "B": [3, 2], "C": [2, 4], "D": [1, 3]}, days)
+    first = soft_topk(source, scores, max_sold_weight=0.3).positions["amount"]
+    # A and B lose 0.3 each; C is filled up to a half, D gets the rest.
+    assert first.loc[days[2]].to_dict() == pytest.approx({"A": 200, "B": 200, "C": 500, "D": 100})
+    average = soft_topk(source, scores, max_sold_weight=0.3, buy_method="average_fill")
+    amounts = average.positions["amount"].loc[days[2]]
+    assert amounts.to_dict() == pytest.approx({"A": 200, "B": 200, "C": 300, "D": 300})
+
+
+def test_soft_topk_invests_what_can_be_traded_at_the_prices_of_the_bar(days):
+    nan = np.nan
+    source = bars({"A": [10, 10, nan, 10], "B": [10, 10, 20, 20], "C": [10, 10, 40, 40]})
+    scores = score_table({"A": [3, 1, 1], "B": [2, 2, 2], "C": [1, 3, 3]}, days)
+    result = soft_topk(source, scores, risk_degree=0.9)
+    amounts = result.positions["amount"]
+    assert amounts.loc[days[1]].to_dict() == {"A": 450, "B": 450}
+    # A is suspended and counts by its last close: the account is 4500 + 9000 + 1000, of which a
+    # tenth stays in cash. B and C share 9000 + 1000 - 1450 in equal parts.
+    expected = {"A": 450, "B": 8550 / 2 / 20, "C": 8550 / 2 / 40}
+    assert amounts.loc[days[2]].to_dict() == pytest.approx(expected)
+    as_qlib = backtest(
+        strategy=SoftTopkStrategy(signal=scores, topk=2, risk_degree=0.9),
+        account=1e4, source=source, exchange_kwargs=NO_COSTS, as_qlib=True,
+    )  # fmt: skip
+    assert as_qlib.positions["amount"].loc[days[2]].to_dict() == {"A": 450, "B": 213, "C": 106}
+
+
+def test_soft_topk_reserves_the_costs(days):
+    source = bars({"A": [10.0] * 3, "B": [10.0] * 3})
+    scores = score_table({"A": [2, 1], "B": [1, 2]}, days)
+    strategy = SoftTopkStrategy(signal=scores, topk=1, risk_degree=1.0)
+    costs = {"open_cost": 0.01, "close_cost": 0.02, "min_cost": 0.0, "trade_unit": None}
+    result = backtest(strategy=strategy, account=1e4, source=source, exchange_kwargs=costs)
+    amounts = result.positions["amount"]
+    assert amounts.loc[days[1]].to_dict() == pytest.approx({"A": 1000 / 1.02})
+    # The reserve is for one trade of the whole account; here the cash after the sale is less.
+    cash = 1e4 - 1e4 / 1.02 * 1.01 + 1e4 / 1.02 * 0.98
+    assert amounts.loc[days[2]].to_dict() == pytest.approx({"B": cash / 1.01 / 10})
+
+
+def test_soft_topk_refuses_wrong_arguments(days):
+    with pytest.raises(ConfigError, match="buy_method"):
+        SoftTopkStrategy(signal=0, topk=2, buy_method="rank_fill")
+    with pytest.raises(ConfigError, match="max_sold_weight=0"):
+        SoftTopkStrategy(signal=0, topk=2, max_sold_weight=0)
+    with pytest.raises(ConfigError, match="topk=0"):
+        SoftTopkStrategy(signal=0, topk=0)
+    with pytest.raises(ConfigError, match="topk=5 is more than the 2 instruments"):
+        soft_topk(
+            bars({"A": [1.0] * 3, "B": [1.0] * 3}), score_table({"A": [1], "B": [2]}, days), topk=5
+        )

@@ -6,6 +6,7 @@ import json
 
 import pandas as pd
 import pytest
+from model_libraries import require_model_library
 
 from qtorch.cli.compose import compose_settings, config_path, resolve_segments
 from qtorch.cli.main import main
@@ -61,17 +62,19 @@ def test_help_and_wrong_file_names(capsys):
 
 @pytest.mark.parametrize("name", [m for m in MODELS if m != "lightning"])
 def test_training_is_shortened(name):
+    require_model_library(name)
     overrides = ["data=synthetic_tiny", f"model={name}", *OVERRIDES.get(name, [])]
     config = shorten_training(compose_settings("probe", overrides)["model"])
     if "trainer" in config:
         assert config["trainer"]["limit_train_batches"] == 1
-    assert config.get("num_boost_round", 5) == 5
+    assert config.get("num_boost_round", 5) == config.get("epochs", 5) == 5
     init_instance_by_config(config)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_no_false_alarm_on_a_shipped_model(name, tmp_path):
+    require_model_library(name)
     overrides = ["data=synthetic_tiny", f"model={name}", *OVERRIDES.get(name, [])]
     settings = compose_settings("probe", overrides)
     task = resolve_segments(settings["task"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from model_libraries import require_model_library
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 from qtorch import R
@@ -71,6 +72,7 @@ def test_fsdp_shards_over_all_devices_of_all_nodes(monkeypatch, devices, num_sha
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_config_composes_and_builds(choice, bars, monkeypatch):
+    require_model_library(choice.removeprefix("model/"))
     monkeypatch.chdir(bars)
     settings = compose_choice(choice)
     assert set(settings["task"]) == {"model", "dataset", "record", "reweighter", "seed"}

@@ -80,8 +80,8 @@ def argument_faults(name: str) -> list[str]:
     return sorted(unhandled | unknown)
 
 
-PARAMETERS = {"values", "lower", "factor", "unless", "allowed", "backtest", "columns", "default",
-              "flat", "flat_input", "names", "target"}  # fmt: skip
+PARAMETERS = {"argument", "values", "lower", "factor", "unless", "allowed", "backtest", "columns",
+              "default", "flat", "flat_input", "names", "target"}  # fmt: skip
 
 
 def test_every_rule_has_one_known_kind():

@@ -88,6 +88,41 @@ def test_a_class_of_the_same_arguments_keeps_them_and_nested_names_are_translate
     assert type(generator).__module__.startswith("qtorch.task")
 
 
+def test_models_of_trees_keep_their_arguments_but_one():
+    notes = Notes()
+    config = {"class": "qlib.contrib.model.xgboost.XGBModel",
+              "kwargs": {"eta": 0.1, "n_estimators": 647, "nthread": 20}}  # fmt: skip
+    assert translate_config(config, notes) == {
+        "_target_": "qtorch.model.XGBModel", "eta": 0.1, "nthread": 20
+    }  # fmt: skip
+    assert list(notes.ignored) == ["n_estimators (XGBModel)"]
+    ensemble = {"class": "DEnsembleModel", "module_path": "qlib.contrib.model.double_ensemble",
+                "kwargs": {"num_models": 3, "decay": 0.5, "num_leaves": 210}}  # fmt: skip
+    assert translate_config(ensemble) == {
+        "_target_": "qtorch.model.DEnsembleModel", "num_models": 3, "decay": 0.5, "num_leaves": 210
+    }  # fmt: skip
+
+
+def test_a_file_of_weights_is_where_the_network_starts(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lstm.pkl").write_bytes(b"weights")
+
+    def translate(title: str, **kwargs: Any) -> dict[str, Any]:
+        return translate_config({"class": f"qlib.contrib.model.{title}", "kwargs": kwargs})
+
+    config = translate("pytorch_gats_ts.GATs", base_model="LSTM", model_path="lstm.pkl")
+    assert config["init_from"] == f"file:{tmp_path / 'lstm.pkl'}"
+    assert not caplog.text
+    config = translate("pytorch_hist.HIST", model_path="run:5", stock2concept="a", stock_index="b")
+    assert config["init_from"] == "run:5"
+    assert "init_from" not in translate("pytorch_igmtf.IGMTF", model_path="gru.pkl")
+    assert f"is not loaded, because there is no file {tmp_path / 'gru.pkl'}" in caplog.text
+    assert "init_from" not in translate(
+        "pytorch_tra.TRAModel", model_config={}, tra_config={}, init_state="lstm.pkl"
+    )
+    assert "because its weights have other names here" in caplog.text
+
+
 def test_stored_names_stay_stored_text():
     config = translate_config(as_stored_text(LSTM))
     assert isinstance(config["_target_"], StoredText)
@@ -176,6 +211,13 @@ def test_records_get_qlibs_defaults_and_scores_instead_of_a_model():
     assert translate_config(strategy)["signal"] == "<PRED>"
     with pytest.raises(ConfigError, match="trade_exchange"):
         translate_config({**strategy, "kwargs": {"trade_exchange": 3}})
+    soft = translate_config({
+        "class": "SoftTopkStrategy",
+        "module_path": "qlib.contrib.strategy.cost_control",
+        "kwargs": {"model": "<MODEL>", "dataset": "<DATASET>", "topk": 3, "max_sold_weight": 0.1},
+    })  # fmt: skip
+    target = "qtorch.backtest.SoftTopkStrategy"
+    assert soft == {"_target_": target, "signal": "<PRED>", "topk": 3, "max_sold_weight": 0.1}
     analysis = translate_config("qlib.workflow.record_temp.SigAnaRecord")
     assert analysis == {"_target_": "qtorch.record.SigAnaRecord", "ann_scaler": 252}
 

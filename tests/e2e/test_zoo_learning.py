@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from model_libraries import require_model_library
 
 from qtorch.cli.compose import compose_settings, config_path
 from qtorch.core.instantiate import init_instance_by_config
@@ -90,6 +91,7 @@ def build_small_model(choice: str) -> Any:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_network_finds_half_of_a_strong_signal(choice: str) -> None:
+    require_model_library(choice)
     dataset, label, planted_ic = market(NUM_LABELS.get(choice, 1))
     model = init_instance_by_config(build_small_model(choice))
     with session_context(seed=0):

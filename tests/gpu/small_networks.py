@@ -16,7 +16,7 @@ from qtorch.cli.compose import compose_settings, config_path
 from qtorch.model import methods
 from qtorch.model.loop.module import ScoreModule
 
-NOT_NETWORKS = {"lightning", "lightgbm", "linear"}
+NOT_NETWORKS = {"lightning", "lightgbm", "linear", "xgboost", "catboost", "double_ensemble"}
 FLAT_NETWORKS = {"mlp", "tabnet"}
 STEP_LEN = {"master": 8, "stockmixer": 16}
 NUM_DAYS = 40

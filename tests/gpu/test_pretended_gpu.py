@@ -59,7 +59,7 @@ LAUNCHES = {
 }
 NETWORKS = sorted(
     {path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")}
-    - {"lightning", "lightgbm", "linear"}
+    - {"lightning", "lightgbm", "linear", "xgboost", "catboost", "double_ensemble"}
 )
 
 

@@ -1,8 +1,9 @@
-"""Tabular baselines: LightGBM and linear models, compared with the libraries' own results."""
+"""Models of rows: linear and LightGBM against their libraries, and what all of them have alike."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import lightgbm
 import numpy as np
@@ -15,12 +16,33 @@ from qtorch.core.errors import ArgumentError, ConfigError, DataError, NotFittedE
 from qtorch.core.session import session_context
 from qtorch.data import Reweighter
 from qtorch.metrics import calc_ic
-from qtorch.model import LGBModel, LinearModel, Model, ModelFT
+from qtorch.model import (
+    CatBoostModel,
+    DEnsembleModel,
+    LGBModel,
+    LinearModel,
+    Model,
+    ModelFT,
+    XGBModel,
+)
 from qtorch.tracking.artifacts import read_object, write_object
 
 SMALL = {"num_leaves": 7, "min_data_in_leaf": 5, "num_threads": 1, "learning_rate": 0.2}
-MODELS = (lambda: LinearModel(), lambda: LGBModel(num_boost_round=20, **SMALL))
-each_model = pytest.mark.parametrize("make", MODELS, ids=["linear", "lightgbm"])
+MODELS = {
+    "linear": lambda: LinearModel(),
+    "lightgbm": lambda: LGBModel(num_boost_round=20, **SMALL),
+    "xgboost": lambda: XGBModel(num_boost_round=20, max_depth=3, nthread=1),
+    "catboost": lambda: CatBoostModel(num_boost_round=20, depth=3, thread_count=1),
+    "double ensemble": lambda: DEnsembleModel(num_models=2, epochs=20, decay=0.5, **SMALL),
+}
+
+
+@pytest.fixture(params=MODELS)
+def make(request: pytest.FixtureRequest) -> Callable[[], Model]:
+    """A function that makes a small model."""
+    if request.param in ("xgboost", "catboost"):
+        pytest.importorskip(request.param)
+    return MODELS[request.param]
 
 
 class LabelReweighter(Reweighter):
@@ -36,7 +58,6 @@ def load_rows(dataset: ToyDataset, segment: str) -> tuple[np.ndarray, np.ndarray
     return frame["feature"].to_numpy(np.float64), frame["label"].to_numpy(np.float64)[:, 0]
 
 
-@each_model
 def test_windows_are_reduced_to_their_last_step_and_each_sample_is_scored_once(make):
     windows, days = ToyDataset(step_len=3), ToyDataset(step_len=1)
     first, second = make(), make()
@@ -53,7 +74,6 @@ def test_windows_are_reduced_to_their_last_step_and_each_sample_is_scored_once(m
     pd.testing.assert_series_equal(first.predict(windows, slice(start, end)), scores)
 
 
-@each_model
 def test_save_and_load_without_pickle(make, dataset, tmp_path):
     model = make()
     model.fit(dataset)
@@ -72,7 +92,6 @@ def test_save_and_load_without_pickle(make, dataset, tmp_path):
     pd.testing.assert_series_equal(unpickled_model.predict(dataset), model.predict(dataset))
 
 
-@each_model
 def test_features_are_matched_by_name(make, dataset):
     model = make()
     model.fit(dataset)

@@ -9,13 +9,7 @@ import pytest
 from scipy import stats
 
 from qtorch.core.errors import RecordError
-from qtorch.record import (
-    Record,
-    SegmentICRecord,
-    SigAnaRecord,
-    SignalMseRecord,
-    SignalRecord,
-)
+from qtorch.record import Record, SegmentICRecord, SigAnaRecord, SignalMseRecord, SignalRecord
 
 
 def test_signal_record_writes_scores_and_raw_label(model, dataset, recorder):
@@ -25,19 +19,6 @@ def test_signal_record_writes_scores_and_raw_label(model, dataset, recorder):
     assert list(label.columns) == ["LABEL0"]
     assert ("test", "label", "raw") in dataset.requests
     np.testing.assert_allclose(pred["score"], model.predict(dataset), rtol=1e-6)
-
-
-def test_squared_errors_of_the_scores(model, dataset, recorder):
-    with pytest.raises(RecordError, match="SignalRecord"):
-        SignalMseRecord(recorder).generate()
-    SignalRecord(model, dataset, recorder).generate()
-    SignalMseRecord(recorder).generate()
-    score, label = recorder.load_object("pred.pkl"), recorder.load_object("label.pkl")
-    expected = np.nanmean((score.to_numpy() - label.to_numpy()) ** 2)
-    assert recorder.load_object("sig_analysis/mse.pkl") == pytest.approx(expected)
-    metrics = recorder.list_metrics()
-    assert metrics["MSE"] == pytest.approx(expected)
-    assert metrics["RMSE"] == pytest.approx(np.sqrt(expected))
 
 
 @pytest.mark.slow
@@ -71,6 +52,26 @@ def test_signal_metrics_match_independent_computation(model, dataset, recorder):
     assert len(recorder.load_object("sig_analysis/long_avg_r.pkl")) == 40
     chart = Path(recorder.download_artifact("sig_analysis/ic.png"))
     assert chart.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_mean_squared_error_of_samples_with_score_and_label(model, dataset, recorder):
+    SignalRecord(model, dataset, recorder).generate()
+    score, label = (recorder.load_object(n).copy() for n in ("pred.pkl", "label.pkl"))
+    score.iloc[3], label.iloc[:2] = np.nan, np.nan
+    recorder.save_objects(**{"pred.pkl": score, "label.pkl": label.iloc[::-1]})
+    metrics = SignalMseRecord(recorder).generate()
+    keep = [k for k in range(len(score)) if k not in (0, 1, 3)]
+    difference = score["score"].to_numpy(np.float64)[keep] - label["LABEL0"].to_numpy()[keep]
+    expected = {"MSE": np.square(difference).mean(), "RMSE": np.square(difference).mean() ** 0.5}
+    assert metrics == pytest.approx(expected)
+    assert {k: recorder.list_metrics()[k] for k in expected} == metrics
+    assert recorder.load_object("sig_analysis/mse.pkl") == metrics["MSE"]
+    assert recorder.load_object("sig_analysis/rmse.pkl") == metrics["RMSE"]
+    recorder.save_objects(**{"label.pkl": label * np.nan})
+    with pytest.raises(RecordError, match=r"none of the .* samples has both a score and a label"):
+        SignalMseRecord(recorder).generate()
+    with pytest.raises(RecordError, match="label_col=1"):
+        SignalMseRecord(recorder, label_col=1).generate()
 
 
 @pytest.mark.slow

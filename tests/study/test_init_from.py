@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qtorch import R
 from qtorch.core.errors import ConfigError, DataError, TrackingError
 from qtorch.core.identity import fit_id
-from qtorch.model.finetune import copy_shared_weights
+from qtorch.model.finetune import copy_shared_weights, load_weights_file
 from qtorch.model.lightning_model import LightningModel
-from qtorch.nn import GRU, HIST, LSTM, MLP, GATs
+from qtorch.nn import ADD, GRU, HIST, LSTM, MLP, GATs
 from qtorch.tracking.recorder import DEPTH_TAG, FROM_TAG, PARENT_TAG
 from qtorch.trainer import task_train
 
@@ -138,3 +139,58 @@ def test_graph_networks_copy_lstm_and_gru_weights(kind, target):
     assert torch.equal(network.fc_out.weight, head)
     with pytest.raises(ConfigError, match="share no weight"):
         copy_shared_weights(MLP(d_feat=3, layers=(4,)), earlier)
+
+
+def sgd_task(make_window_task, network, path, **options):
+    """A task whose weights stay those that it starts from."""
+    options = {"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.0}, **options}
+    return make_window_task(network, init_from=f"file:{path}", **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["pkl", "safetensors"])
+def test_gats_starts_from_a_file_of_weights(suffix, store, make_window_task, tmp_path, monkeypatch):
+    lstm = LSTM(d_feat=5, **SIZE)
+    path = tmp_path / f"weights.{suffix}"
+    if suffix == "pkl":
+        torch.save(lstm.state_dict(), path)
+    else:
+        save_file(lstm.state_dict(), path)
+    monkeypatch.chdir(tmp_path)
+    run = task_train(sgd_task(make_window_task, GATS_NETWORK, path.name, batch=DAYS), "second")
+    weights = network_state(run)
+    assert all(torch.equal(weights[name], value) for name, value in lstm.state_dict().items())
+    assert run.load_object("fit_report")["init_from"]["from"] == f"file:{path}"
+    # The path of the stored task does not depend on the working folder.
+    assert run.load_object("task")["model"]["init_from"] == f"file:{path}"
+
+
+def test_add_takes_the_recurrent_weights_of_a_file():
+    gru = GRU(d_feat=3, hidden_size=4)
+    network = ADD(d_feat=3, hidden_size=4, base_model="GRU")
+    copied_names = copy_shared_weights(network, gru.state_dict())
+    assert copied_names == [f"enc_excess.{name}" for name, _ in gru.rnn.named_parameters()]
+    assert torch.equal(network.enc_excess.weight_hh_l1, gru.rnn.weight_hh_l1)
+    with pytest.raises(ConfigError, match=r"an? ADD and the file's weights differ .*\[12, 3\]"):
+        copy_shared_weights(ADD(d_feat=3, hidden_size=8), gru.state_dict())
+
+
+def test_a_file_without_weights_says_what_was_expected(tmp_path):
+    expected = r"torch.save\(network.state_dict\(\), PATH\)"
+    with pytest.raises(ConfigError, match="there is no file"):
+        load_weights_file(str(tmp_path / "no.pkl"))
+    (tmp_path / "text.pkl").write_text("weights")
+    with pytest.raises(ConfigError, match=expected):
+        load_weights_file(str(tmp_path / "text.pkl"))
+    (tmp_path / "text.safetensors").write_text("weights")
+    with pytest.raises(ConfigError, match=expected):
+        load_weights_file(str(tmp_path / "text.safetensors"))
+    torch.save(GRU(d_feat=3), tmp_path / "module.pkl")  # a pickle of an object is not loaded
+    with pytest.raises(ConfigError, match=expected):
+        load_weights_file(str(tmp_path / "module.pkl"))
+    torch.save({"state_dict": GRU(d_feat=3).state_dict()}, tmp_path / "checkpoint.pkl")
+    with pytest.raises(ConfigError, match=rf"contains \['state_dict'\]: .*{expected}"):
+        load_weights_file(str(tmp_path / "checkpoint.pkl"))
+    for wrong in ("file:", "fil:x"):
+        with pytest.raises(ConfigError, match="or 'file:PATH'"):
+            LightningModel(GATS_NETWORK, init_from=wrong)

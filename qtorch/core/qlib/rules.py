@@ -73,18 +73,23 @@ def set_device(context: Context) -> None:
 
 
 def set_initial_weights(context: Context) -> None:
-    """Weights come from a run here, not from a file."""
-    name = "init_state" if "init_state" in context.arguments else "model_path"
+    """The weights that the network starts from: a file of weights, or here also a run."""
+    name = context.parameters["argument"]
     value = context.get(name)
     if value is None:
         return
-    if str(value).startswith("run:"):
+    if str(value).startswith(("run:", "file:")):
         context.set("init_from", value)
         return
+    path = resolve_path(str(value))
+    if path.is_file() and name == "model_path":
+        context.set("init_from", f"file:{path}")
+        return
+    reason = "its weights have other names here" if path.is_file() else f"there is no file {path}"
     context.notes.warn(
-        f"{name}={value!r} of {context.entry.title} is not loaded: the network starts from random "
-        "weights. To start from those of a run, train it with qtorch and write "
-        f"{name}: run:RUN_ID; to start from random ones without this warning, leave it out"
+        f"{name}={value!r} of {context.entry.title} is not loaded, because {reason}: the network "
+        f"starts from random weights. To start from those of a run, write {name}: run:RUN_ID; to "
+        "start from random ones without this warning, leave it out"
     )
 
 
@@ -217,6 +222,11 @@ def set_memory_dataset(context: Context) -> None:
     """The windows and batches of MTSDatasetH; batches belong to the model."""
     if context.get("input_size") is None:
         context.set("step_len", context.get("seq_len"))
+        context.notes.change(
+            "steps of a window without a row are filled from the instrument's other rows; those of "
+            "Qlib's MTSDatasetH are left out, and in front of an instrument's first row there are "
+            "the last rows of another instrument, also of later days"
+        )
     else:
         context.target = context.parameters["columns"]  # the columns are the window
     if context.get("horizon"):

@@ -104,7 +104,7 @@ class DatasetH(Dataset):
         return self._bind_handler().view(data_key, groups=groups)
 
     def _bind_handler(self) -> DataHandler:
-        if TRAIN in self.segments and isinstance(self.handler, DataHandlerLP):
+        if TRAIN in self.segments:
             self.handler.bind_train_segment(*self.segments[TRAIN])
         return self.handler
 

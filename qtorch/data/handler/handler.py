@@ -179,6 +179,11 @@ class DataHandler(Configured, Serializable):
     def _discard_data(self) -> None:
         self._raw = None
 
+    def bind_train_segment(self, start: Any, end: Any) -> None:
+        """Set the dataset's train segment, for processors of handlers that the loader reads."""
+        if self.data_loader.bind_train_segment(start, end):
+            self._discard_data()
+
     def set_source(self, source: Any) -> None:
         """Replace the data source; fitted processors stay fitted."""
         self.source = build_source(source)
@@ -470,6 +475,7 @@ class DataHandlerLP(DataHandler):
         Processors that were fitted on another train segment are refitted on next use. Raises
         ConfigError if an explicit window reaches beyond the segment.
         """
+        super().bind_train_segment(start, end)
         train = DateSpan(start, end)
         if train == self._train:
             return

@@ -15,7 +15,7 @@ import pandas as pd
 
 from qtorch.core.configured import Configured
 from qtorch.core.content_digest import digest_text
-from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.errors import ConfigError, DataError, check_name, unknown_name_message
 from qtorch.core.identity import digest
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.tables import is_frame, not_text_message
@@ -45,6 +45,7 @@ from qtorch.data.source.frame import build_source, default_source
 log = logging.getLogger(__name__)
 
 MODULE = "qtorch.data"
+RAW_COLUMNS, ALL_COLUMNS = "__raw", "__all"  # column sets of a handler: in groups, or all as one
 POINT_IN_TIME = re.compile(r"\$\$|\bP(Ref)?\s*\(")
 
 
@@ -111,6 +112,13 @@ class DataLoader(Configured, ABC):
 
     def needs_source(self) -> bool:
         """Whether the loader reads a source of bars and has none of its own."""
+        return False
+
+    def bind_train_segment(self, start: Any, end: Any) -> bool:
+        """Set the dataset's train segment for handlers that the loader reads, if it reads any.
+
+        Returns whether data that was loaded before may have changed.
+        """
         return False
 
     def change_data(self, change: DataChange) -> DataLoader:
@@ -459,6 +467,10 @@ class NestedDataLoader(DataLoader):
     def needs_source(self) -> bool:
         return any(loader.needs_source() for loader in self._loaders)
 
+    def bind_train_segment(self, start: Any, end: Any) -> bool:
+        are_changed = [loader.bind_train_segment(start, end) for loader in self._loaders]
+        return any(are_changed)
+
     def change_data(self, change: DataChange) -> DataLoader:
         loader = copy.copy(self)
         loader._loaders = [each.change_data(change) for each in self._loaders]
@@ -485,6 +497,151 @@ class NestedDataLoader(DataLoader):
         view = join_views(views, self.join)
         groups = {g: view.groups[g].keep(sorted(view.groups[g].names)) for g in sorted(view.groups)}
         return replace(view, groups=groups)
+
+
+class Handler(Protocol):
+    """What DataLoaderDH needs of a handler (its module imports this one)."""
+
+    def view(self, data_key: str = "infer", *, groups: Sequence[str] | None = None) -> View:
+        """Return the data of a key."""
+
+    def bind_train_segment(self, start: Any, end: Any) -> None:
+        """Set the default fit window of the processors, and the bound of explicit ones."""
+
+    def change_data(self, change: DataChange) -> Handler:
+        """Return a handler of changed data."""
+
+    def fingerprint(self) -> str:
+        """Return a hash of the data."""
+
+    def horizon(self, group: str = "label") -> int | None:
+        """Return how many rows a group looks ahead."""
+
+    def frequency(self) -> str | None:
+        """Return the frequency of the bars."""
+
+    def bars_source(self) -> Source | None:
+        """Return the source of the bars."""
+
+
+class DataLoaderDH(DataLoader):
+    """Load the data of other handlers: of one, or of several as groups of columns.
+
+    `handler_config`: a handler or its configuration; with `is_group` a mapping of groups to such.
+    `fetch_kwargs` choose what is read of each handler: `data_key` ("raw", "infer" or "learn", by
+    default "infer") and `col_set`: "__raw" (the default: all groups), a list of groups, or columns
+    without groups: those of one group, or of all ("__all"). With `is_group` the columns of each
+    handler become one group; then `col_set` is a group, or "__all". Rows are those of any handler.
+
+    The universe and the dates of the handlers stay their own: `instruments` are ignored with a
+    warning, as in Qlib; dates between them can be chosen. Their processors are fitted like those of
+    the dataset's own handler: by default on its train segment. Corresponds to Qlib's class of that
+    name (data/dataset/loader.py).
+    """
+
+    def __init__(
+        self,
+        handler_config: Any,
+        fetch_kwargs: Mapping[str, Any] | None = None,
+        is_group: bool = False,
+    ) -> None:
+        self.handler_config, self.is_group = handler_config, is_group
+        self.fetch_kwargs = dict(fetch_kwargs or {})
+        for name in self.fetch_kwargs:
+            check_name("argument in fetch_kwargs", name, ("col_set", "data_key"))
+        self._col_set = self.fetch_kwargs.get("col_set", RAW_COLUMNS)
+        self._data_key = self.fetch_kwargs.get("data_key", "infer")
+        if is_group and not isinstance(self._col_set, str):
+            raise ConfigError(
+                f"col_set={self._col_set!r} with is_group=True: a group of columns is one group of "
+                "its handler, such as fetch_kwargs={'col_set': 'feature'}."
+            )
+        if is_group and not isinstance(handler_config, Mapping):
+            raise ConfigError("is_group=True expects a mapping of groups to handlers.")
+        configs = handler_config if is_group else {FLAT: handler_config}
+        self._handlers = {str(g): _build_handler(config) for g, config in configs.items()}
+        self._train: tuple[Any, Any] | None = None
+
+    def bind_train_segment(self, start: Any, end: Any) -> bool:
+        is_changed = self._train not in (None, (start, end))
+        self._train = (start, end)
+        for handler in self._handlers.values():
+            handler.bind_train_segment(start, end)
+        return is_changed
+
+    def horizon(self, group: str = "label") -> int | None:
+        if not self.is_group:
+            return self._handlers[FLAT].horizon(group)
+        return self._handlers[group].horizon(self._col_set) if group in self._handlers else None
+
+    def frequency(self, source: Source | None = None) -> str | None:
+        return next(filter(None, (h.frequency() for h in self._handlers.values())), None)
+
+    def bars_source(self, source: Source | None = None) -> Source | None:
+        sources = (handler.bars_source() for handler in self._handlers.values())
+        return next((own for own in sources if own is not None), source)
+
+    def change_data(self, change: DataChange) -> DataLoader:
+        loader = copy.copy(self)
+        loader._handlers = {g: h.change_data(change) for g, h in self._handlers.items()}
+        loader._train = None
+        return loader
+
+    def fingerprint(self, source: Source | None = None) -> str:
+        return digest({g: handler.fingerprint() for g, handler in self._handlers.items()})
+
+    def view(
+        self,
+        instruments: Any = None,
+        start_time: Any = None,
+        end_time: Any = None,
+        *,
+        source: Source | None = None,
+        columns: Names | None = None,
+    ) -> View:
+        if instruments is not None:
+            log.warning(
+                "instruments=%.80r is ignored: the handlers of DataLoaderDH have universes of "
+                "their own.",
+                instruments,
+            )
+        views = [
+            restrict_view(self._read(group, handler), None, start_time, end_time)
+            for group, handler in self._handlers.items()
+        ]
+        return join_views(views, "outer")
+
+    def _read(self, group: str, handler: Handler) -> View:
+        """Return the groups that are read of a handler; with `is_group` as one group."""
+        view, column_set = handler.view(self._data_key), self._col_set
+        if column_set == RAW_COLUMNS and not self.is_group:
+            return view
+        if not isinstance(column_set, str):
+            return replace(view, groups={name: view.group(name) for name in column_set})
+        if column_set == RAW_COLUMNS and not view.is_flat:
+            raise ConfigError(
+                f"the handler of {group!r} has the groups {list(view.groups)}: choose one with "
+                "fetch_kwargs={'col_set': ...}, or all of their columns with '__all'."
+            )
+        is_all = view.is_flat or column_set == ALL_COLUMNS
+        names = list(view.groups) if is_all else [column_set]
+        merged = view.group(names[0])
+        for columns in (view.group(name) for name in names[1:]):
+            merged = merged.with_columns({name: columns.column(name) for name in columns.names})
+        return replace(view, groups={group: merged})
+
+
+def _build_handler(config: Any) -> Handler:
+    handler = config
+    if isinstance(config, str | Path | Mapping):
+        handler = init_instance_by_config(config, MODULE)
+    if not all(callable(getattr(handler, name, None)) for name in ("view", "bind_train_segment")):
+        raise ConfigError(
+            f"DataLoaderDH expects a handler or its configuration, not a {type(handler).__name__}: "
+            f"{handler!r:.80}"
+        )
+    built_handler: Handler = handler
+    return built_handler
 
 
 class LoaderAdapter(DataLoader):

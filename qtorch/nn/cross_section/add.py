@@ -31,6 +31,7 @@ class ADD(Network):
     """
 
     cross_section = True
+    recurrent_layer = "enc_excess"
 
     def __init__(
         self,

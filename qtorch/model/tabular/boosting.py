@@ -1,0 +1,217 @@
+"""Base class of the models of gradient-boosted trees: training, finetuning, reports and saving."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from qtorch.core.errors import ConfigError, install_command
+from qtorch.model.base import ModelFT
+from qtorch.model.input_schema import has_valid_segment
+from qtorch.model.tabular.base import Rows, TabularModel
+from qtorch.tracking.recorder import current_recorder
+
+if TYPE_CHECKING:
+    from qtorch.tracking.recorder import Recorder
+
+log = logging.getLogger(__name__)
+
+FINETUNE_ROUNDS = 10
+
+Evaluations = dict[str, dict[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class Boosting:
+    """The trees of one training, saved by their library as `content`, and how it went.
+
+    `evaluations` are the metrics of each round: `{"train": {"l2": [...]}, "valid": {...}}`.
+    `best_round` counts from 0; it is None without early stopping.
+    """
+
+    content: bytes
+    evaluations: Evaluations
+    best_round: int | None = None
+    device: str = "cpu"
+
+
+class BoostedTrees(TabularModel, ModelFT):
+    """A model of boosted trees: one library's trees, trained by rounds with early stopping.
+
+    Boosting stops when a metric of the valid segment has not improved for `early_stopping_rounds`
+    (0: never), at the latest after `num_boost_round` rounds; the trees up to that metric's best
+    round are kept. Subclasses call their library in `_boost`, `_load_booster` and `_score`.
+
+    After `fit`: `booster`, `evals_result_` ({"train": {"l2": [...]}, "valid": {...}}),
+    `fit_report_`.
+    """
+
+    def __init__(self, early_stopping_rounds: int, num_boost_round: int) -> None:
+        self.early_stopping_rounds = early_stopping_rounds
+        self.num_boost_round = num_boost_round
+        self.content_: bytes | None = None  # the booster, as its library saves it
+        self.evals_result_: Evaluations = {}
+        self.fit_report_: dict[str, Any] = {}
+        self._booster: Any = None  # is not stored, but rebuilt from content_
+
+    @property
+    def booster(self) -> Any:
+        """The fitted booster of the library."""
+        self._require_feature_names()
+        if getattr(self, "_booster", None) is None:  # a loaded model lacks the attribute
+            assert self.content_ is not None, "a fitted model has its trees"
+            self._booster = self._load_booster(self.content_)
+        return self._booster
+
+    # -- training ------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        dataset: Any,
+        reweighter: Any = None,
+        *,
+        recorder: Recorder | None = None,
+        evals_result: dict[str, Any] | None = None,
+    ) -> None:
+        """Train on the segment "train", with early stopping on "valid" if the dataset has it.
+
+        The metrics of each round are logged to the recorder as `train/l2`, `valid/l2` (by the
+        library's names of metrics), and written into `evals_result`, as in Qlib: `{"train": {"l2":
+        [...]}, "valid": {...}}`. Raises DataError if there is nothing to learn from.
+        """
+        train = self._rows(dataset, "train", reweighter)
+        valid = None
+        if has_valid_segment(dataset):
+            valid = self._rows(dataset, "valid", reweighter, train.names)
+        self._train(train, valid, self.num_boost_round, recorder)
+        if evals_result is not None:
+            evals_result.update(self.evals_result_)
+
+    def finetune(
+        self,
+        dataset: Any,
+        reweighter: Any = None,
+        *,
+        recorder: Recorder | None = None,
+        num_boost_round: int = FINETUNE_ROUNDS,
+    ) -> None:
+        """Train more rounds on the segment "train", on top of the fitted trees.
+
+        Raises NotFittedError before `fit`, and DataError if a feature of the training is missing.
+        """
+        names = self._require_feature_names()
+        train = self._rows(dataset, "train", reweighter, names)
+        self._train(train, None, num_boost_round, recorder, self.booster)
+
+    def _train(
+        self,
+        train: Rows,
+        valid: Rows | None,
+        rounds: int,
+        recorder: Recorder | None,
+        init_booster: Any = None,
+    ) -> None:
+        start_time = time.perf_counter()
+        boosting = self._boost(train, valid, rounds, init_booster)
+        seconds = time.perf_counter() - start_time
+        self.content_, self._booster = boosting.content, None
+        self.feature_names_ = train.names
+        self.evals_result_ = boosting.evaluations
+        self.fit_report_ = make_fit_report(train, valid, boosting, seconds)
+        log.info("trained %d rounds in %.1f s", self.fit_report_["epochs"], seconds)
+        run = current_recorder() if recorder is None else recorder
+        if run is not None:
+            log_evaluations(self.evals_result_, run)
+
+    @abstractmethod
+    def _boost(
+        self, train: Rows, valid: Rows | None, rounds: int, init_booster: Any = None
+    ) -> Boosting:
+        """Train `rounds` rounds, on top of the trees of `init_booster` if there is one."""
+
+    @abstractmethod
+    def _load_booster(self, content: bytes) -> Any:
+        """Return the booster that `_boost` has saved."""
+
+    # -- fitted model --------------------------------------------------------------------------
+
+    def _sort_importance(self, values: Sequence[float] | np.ndarray) -> pd.Series:
+        """Return the importance of the features, `values [F]`, the largest first."""
+        importance = pd.Series(values, index=list(self._require_feature_names()))
+        return importance.sort_values(ascending=False)
+
+    def _get_fitted_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        fitted_state = {"evals_result": self.evals_result_, "fit_report": self.fit_report_}
+        return fitted_state, {"booster": bytes_tensor(self.content_ or b"")}
+
+    def _load_fitted_state(self, fitted_state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.content_ = tensors["booster"].numpy().tobytes()
+        self.evals_result_ = fitted_state["evals_result"]
+        self.fit_report_ = fitted_state["fit_report"]
+
+
+def make_fit_report(
+    train: Rows, valid: Rows | None, boosting: Boosting, seconds: float
+) -> dict[str, Any]:
+    """Return a report with the keys of the networks', in which a round is an epoch."""
+    segment = "train" if valid is None else "valid"
+    metric, values = next(iter(boosting.evaluations[segment].items()))
+    best_round = boosting.best_round
+    return {
+        "epochs": len(values),
+        "best_epoch": best_round,
+        "monitor": f"{segment}/{metric}",
+        "best_value": values[-1 if best_round is None else best_round],
+        "seconds": seconds,
+        "samples": len(train),
+        "valid_samples": 0 if valid is None else len(valid),
+        "samples_per_second": len(train) * len(values) / seconds,
+        "device": boosting.device,
+    }
+
+
+def log_evaluations(evaluations: Evaluations, recorder: Recorder) -> None:
+    """Log the metrics of each round as `train/l2`, `valid/l2`; the step is the round."""
+    values_by_metric = {
+        f"{segment}/{name}": values
+        for segment, metrics in evaluations.items()
+        for name, values in metrics.items()
+    }
+    for step, values in enumerate(zip(*values_by_metric.values(), strict=True)):
+        recorder.log_batch(dict(zip(values_by_metric, values, strict=True)), step=step)
+
+
+def bytes_tensor(content: bytes) -> Tensor:
+    """Return bytes as a tensor `[K]` of uint8, to be saved beside other tensors."""
+    return torch.tensor(np.frombuffer(content, dtype=np.uint8))
+
+
+def library_names(names: tuple[str, ...]) -> list[str]:
+    """Return feature names that the libraries accept: without the special characters of JSON."""
+    # Two names can become equal without those characters; then all features are numbered.
+    clean_names = [re.sub(r"[\s\",:\[\]{}<>]", "_", name) for name in names]
+    if len(set(clean_names)) < len(names):
+        return [f"feature{k}" for k in range(len(names))]
+    return clean_names
+
+
+@contextmanager
+def require_library(model: str, library: str, extra: str) -> Iterator[None]:
+    """Turn the failing import of a library into an error that says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != extra:  # a dependency of the library is missing
+            raise
+        raise ConfigError(f"{model} needs {library}: {install_command(extra)}.") from error
