@@ -53,6 +53,7 @@ from qtorch.model.loop.interruption import TrainingInterrupted
 from qtorch.model.loop.module import get_module_class
 from qtorch.model.loop.options import (
     build_early_stopping,
+    check_arguments,
     check_callbacks,
     check_monitor,
     check_validation,
@@ -62,6 +63,7 @@ from qtorch.model.loop.options import (
 )
 from qtorch.model.loop.schedules import scheduler_plan
 from qtorch.model.loop.scoring import evaluation_batch_size, get_readout, score_series
+from qtorch.model.loop.training import quiet_lightning
 from qtorch.model.network_config import (
     build_network,
     complete_network_config,
@@ -269,6 +271,8 @@ class LightningModel(ModelFT):
         resolve_inner_steps(self.inner_steps, options, 1)
         if check_device:
             trainer_device(options)
+        with quiet_lightning(), numerical_settings(options, None):
+            check_arguments(options, check_device=check_device)
         if is_lightning_module(self.network):
             return  # it has its own loss and optimizer, and logs what it is judged by
         build_loss(self.loss)

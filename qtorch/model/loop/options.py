@@ -74,6 +74,8 @@ REJECTED_FOR_SCORE_MODULES: dict[type, str] = {
     "finetune(unfreeze_every=...).",
 }
 
+LIGHTNING_ERRORS = (MisconfigurationException, ValueError, TypeError)  # for wrong arguments
+
 NUMBER_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps"), (int,)),
     **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch"), (int,)),
@@ -438,8 +440,33 @@ def build_trainer(
         callbacks.append(bar_class(loader))
     try:
         return pl.Trainer(**arguments, callbacks=callbacks)
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        raise ConfigError(f"Lightning rejects these trainer arguments: {error}") from error
+    except LIGHTNING_ERRORS as error:
+        raise _rejection(error) from error
+
+
+def check_arguments(options: TrainerOptions, *, check_device: bool) -> None:
+    """Raise ConfigError for arguments that Lightning rejects, by building its Trainer once.
+
+    It is built without the parts that have an effect or belong to one fit, and for one device; with
+    `check_device=False` for the CPU, because another machine has the device.
+    """
+    parts = ("callbacks", "logger", "plugins", "strategy", "default_root_dir", "num_nodes")
+    arguments = {k: v for k, v in options.arguments.items() if k not in parts}
+    if not isinstance(arguments.get("profiler"), str):
+        arguments.pop("profiler", None)
+    is_cpu = not check_device or device_name(options) == "cpu"
+    arguments |= {"accelerator": "cpu" if is_cpu else arguments.get("accelerator", "auto")}
+    arguments |= {"devices": 1, "max_epochs": options.max_epochs, "logger": False}
+    arguments |= {"enable_checkpointing": False, "enable_progress_bar": False}
+    arguments |= {"enable_model_summary": False}
+    try:
+        pl.Trainer(**arguments)
+    except LIGHTNING_ERRORS as error:
+        raise _rejection(error) from error
+
+
+def _rejection(error: Exception) -> ConfigError:
+    return ConfigError(f"Lightning rejects these trainer arguments: {error}")
 
 
 def _plugins(user_plugins: Any, rank_info: RankInfo | None) -> list[Any]:
