@@ -16,7 +16,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from qtorch.cli.compose import ROOT_CONFIG, config_path, translate_hydra_errors
+from qtorch.cli.compose import ROOT_CONFIG, check_words, config_path, translate_hydra_errors
 from qtorch.cli.guard import INTERRUPTED, handle_stop_signals
 from qtorch.cli.jobs.job import run_job
 from qtorch.cli.jobs.results import KILLED, command_results
@@ -73,6 +73,7 @@ def _run_jobs(argv: Sequence[str], root: str) -> BaseException | int | None:
 
 
 def _run_hydra(argv: Sequence[str], root: str) -> BaseException | int | None:
+    check_words(argv)
     with (
         redact_overrides(expand_home(argv)) as words,
         _patch_arguments(words, root),
