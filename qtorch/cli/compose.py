@@ -6,7 +6,9 @@ the other commands compose their settings with `compose_settings`.
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +17,9 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import (
     InterpolationResolutionError,
     MissingMandatoryValue,
@@ -25,10 +28,16 @@ from omegaconf.errors import (
 
 from qtorch.cli.overrides import expand_home
 from qtorch.cli.workflow.task import translate_workflow
-from qtorch.core.errors import ArgumentError, ConfigError, install_command, unknown_name_message
-from qtorch.core.instantiate import resolve_config
+from qtorch.core.errors import (
+    ArgumentError,
+    ConfigError,
+    QtorchError,
+    install_command,
+    unknown_name_message,
+)
+from qtorch.core.instantiate import get_signature, resolve_config
 from qtorch.core.session import resolve_path
-from qtorch.core.trust import as_stored_text
+from qtorch.core.trust import as_stored_text, locate
 from qtorch.trainer.segments import Calendars, resolve_segments
 
 ROOT_CONFIG = "train"
@@ -68,9 +77,62 @@ def compose_settings(root: str, argv: Sequence[str]) -> dict[str, Any]:
         if folder is not None:
             overrides = [f"hydra.searchpath=[file://{folder}]", *overrides]
         config = compose(root, overrides=overrides)
+        discard_inherited_settings(config, overrides)
         check_missing_values(config)
         settings: dict[str, Any] = resolve_config(config)
     return settings
+
+
+def discard_inherited_settings(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Remove settings of a class that an override replaces, if the new class does not take them.
+
+    `model.network={_target_: mine.Mean}` is merged with the network of the option that is in place
+    (hidden_size, num_layers, ...). Settings that overrides name stay, and are errors if wrong.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    named_keys = {".".join(path) for o in parsed for path in _override_paths(o)}
+    for target_key in (key for key in named_keys if key.endswith("._target_")):
+        path = target_key.removesuffix("._target_")
+        node = OmegaConf.select(config, path)
+        names = None if not isinstance(node, DictConfig) else _argument_names(config, node)
+        if names is None:
+            continue
+        inherited = [
+            str(key)
+            for key in node
+            if str(key)[0] != "_" and key not in names and f"{path}.{key}" not in named_keys
+        ]
+        with open_dict(node):
+            for key in inherited:
+                del node[key]
+        if inherited:
+            text = f"{path}: left out {', '.join(inherited)}, which {node._target_} does not take"
+            print(text, file=sys.stderr)
+
+
+def _override_paths(override: Any) -> Iterator[tuple[str, ...]]:
+    """Yield the keys of the settings that an override names."""
+    key, value = override.key_or_group, override.value()
+    yield (key,)
+    if isinstance(value, dict):
+        yield from ((key, str(name)) for name in value)
+
+
+def _argument_names(config: DictConfig, node: DictConfig) -> set[str] | None:
+    """Return what the class of a configuration takes; None if that is anything, or not known."""
+    name = str(node.get("_target_"))
+    if OmegaConf.select(config, "sweep.stored"):
+        name = as_stored_text(name)
+    try:
+        signature = get_signature(locate(name))
+    except (QtorchError, ImportError):  # the job raises it
+        return None
+    if signature is None:
+        return None
+    parameters = signature.parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return set(parameters)
 
 
 def check_runner(name: Any) -> None:
@@ -202,11 +264,11 @@ def _explain_error(error: BaseException, argv: Sequence[str], root: str) -> str:
         name = key[1] if key else "a value"
         return _missing_value_text(name)
     if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*?)'\s*1\.", text, re.DOTALL):
-        key, value = match.groups()
+        name, value = match.groups()
         sweep = ", for a sweep add -m" if root == ROOT_CONFIG else ""
         return (
-            f"{key}={value} has a comma: for a list write '{key}=[{value}]', for text "
-            f"'{key}=\"{value}\"'{sweep}."
+            f"{name}={value} has a comma: for a list write '{name}=[{value}]', for text "
+            f"'{name}=\"{value}\"'{sweep}."
         )
     if match := re.search(r"list index out of range\s+full_key: (\S+)\[(\d+)\]", text):
         return (

@@ -169,22 +169,23 @@ def _call(
 
 def _check_arguments(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
     """Raise ArgumentError for an unknown argument, before the call raises its own TypeErrors."""
-    signature = _signature(target)
+    signature = get_signature(target)
     if signature is not None:
         check_arguments(target, signature, kwargs)
 
 
-def _signature(target: Callable[..., Any]) -> inspect.Signature | None:
+def get_signature(target: Callable[..., Any]) -> inspect.Signature | None:
+    """Return the signature of a callable; None for a built-in without one."""
     try:
         if isinstance(target, type) and issubclass(target, Configured):
             return constructor_signature(target)
         return inspect.signature(target)
     except (ValueError, TypeError):
-        return None  # a built-in without a signature
+        return None
 
 
 def _filter_arguments(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    signature = _signature(target)
+    signature = get_signature(target)
     if signature is None:
         return {}
     parameters = signature.parameters

@@ -73,7 +73,7 @@ from qtorch.model.network_config import (
 from qtorch.model.nonfinite import check_scores, check_weights
 from qtorch.model.state import extract_tensors, insert_tensors, replace_nonfinite, restore_nan
 from qtorch.tracking.recorder import current_recorder, tag_lineage
-from qtorch.tracking.run_description import describe_run
+from qtorch.tracking.run_description import describe_run, is_unnamed
 
 if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder
@@ -342,6 +342,8 @@ class LightningModel(ModelFT):
             self.input_schema_.match_features(get_samples(dataset, "train"))
         apply_statistics(dataset, self.statistics_, statistics)
         run = current_recorder() if recorder is None else recorder
+        if is_unnamed(run):
+            describe_run(run, self, dataset)
         if run is not None and self._source_recorder is not None:
             tag_lineage(run, self._source_recorder)
         device = trainer_device(recipe.trainer)

@@ -335,6 +335,13 @@ def test_errors_suggest_the_nearest_name(uri):
         R.get_exp(experiment_name="alpha").create_recorder("new").log_metrics(a=1)
 
 
+def test_runs_of_the_default_experiment_that_does_not_exist(uri):
+    run_block()
+    message = "pass experiment_name, because 'Experiment' is only the default: .* Default, e"
+    with pytest.raises(NotInStoreError, match=message):
+        R.list_recorders()
+
+
 def test_delete_run_and_experiment(uri):
     with R.start(experiment_name="e"):
         first = R.get_recorder().id
