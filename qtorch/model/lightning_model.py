@@ -218,7 +218,7 @@ class LightningModel(ModelFT):
 
         Ctrl-C stops after the current step, saves a checkpoint and raises TrainingInterrupted (a
         KeyboardInterrupt), whose message says how to resume; the model then has the best weights so
-        far, if there was a validation on one device. A second Ctrl-C stops at once. Raises
+        far, if there was a validation. A second Ctrl-C stops at once. Raises
         DataError if there is nothing to learn from or a weight ends as NaN or infinite, and
         ConfigError for invalid settings (such as an `init_from` whose run does not exist or has no
         matching weight; the message lists the shapes).
