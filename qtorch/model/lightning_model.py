@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qtorch.core.configured import plain_value
-from qtorch.core.errors import DataError, NotFittedError, check_name
+from qtorch.core.errors import ConfigError, DataError, NotFittedError, check_name
 from qtorch.core.names import import_path
 from qtorch.core.plain import resolve_config
 from qtorch.core.serial import State
@@ -55,6 +55,7 @@ from qtorch.model.loop.options import (
     build_early_stopping,
     check_arguments,
     check_callbacks,
+    check_count,
     check_monitor,
     check_validation,
     resolve_inner_steps,
@@ -66,6 +67,7 @@ from qtorch.model.loop.scoring import evaluation_batch_size, get_readout, score_
 from qtorch.model.loop.training import quiet_lightning
 from qtorch.model.network_config import (
     build_network,
+    check_network_sizes,
     complete_network_config,
     is_lightning_module,
     network_config,
@@ -170,6 +172,8 @@ class LightningModel(ModelFT):
         self.network = network
         self.loss, self.optimizer, self.scheduler = loss, optimizer, scheduler
         self.batch = _merge_options("batch", batch, BATCH_DEFAULTS)
+        if trainer is not None and not isinstance(trainer, Mapping):
+            raise ConfigError(f"trainer is {trainer!r}; expected arguments of pl.Trainer by name.")
         self.trainer = dict(trainer or {})
         self.monitor, self.early_stop = monitor, early_stop
         self.checkpoint = _merge_options("checkpoint", checkpoint, CHECKPOINT_DEFAULTS)
@@ -269,6 +273,7 @@ class LightningModel(ModelFT):
         check_validation(self.early_stop, self.monitor, options)
         check_name("order", self.batch["order"], ORDERS)
         resolve_inner_steps(self.inner_steps, options, 1)
+        self._check_counts()
         if check_device:
             trainer_device(options)
         with quiet_lightning(), numerical_settings(options, None):
@@ -282,6 +287,21 @@ class LightningModel(ModelFT):
         get_module_class(self.module)
         check_monitor(build_early_stopping(self.early_stop, self.monitor)[1])
         check_callbacks(options)
+
+    def _check_counts(self) -> None:
+        for name in ("size", "days_per_batch", "eval_size"):
+            if name != "eval_size" or self.batch[name] is not None:
+                check_count(f"batch.{name}", self.batch[name])
+        if self.checkpoint["every_n_steps"] is not None:
+            check_count("checkpoint.every_n_steps", self.checkpoint["every_n_steps"])
+        for name, value in {
+            "batch.drop_last": self.batch["drop_last"],
+            "checkpoint.enabled": self.checkpoint["enabled"],
+            "compile": self.compile,
+        }.items():
+            if not isinstance(value, bool) and not (name == "compile" and isinstance(value, dict)):
+                raise ConfigError(f"{name} is {value!r}; expected true or false.")
+        check_network_sizes(self.network)
 
     def finetune(
         self,
@@ -560,9 +580,10 @@ def _keep_best_weights(store_result: Callable[[FitResult], None]) -> Iterator[No
         raise
 
 
-def _merge_options(
-    argument: str, options: Mapping[str, Any] | None, defaults: Mapping[str, Any]
-) -> dict[str, Any]:
+def _merge_options(argument: str, options: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    if options is not None and not isinstance(options, Mapping):
+        names = ", ".join(defaults)
+        raise ConfigError(f"{argument} is {options!r}; expected a mapping of {names}.")
     for name in options or {}:
         check_name(f"option of {argument}", name, defaults)
     return {**defaults, **(options or {})}

@@ -40,6 +40,8 @@ def check_task(task: Any, *, check_device: bool = True) -> None:
     with _without_warnings():  # they are repeated when the task is carried out
         task = translate_task(task)
         _check_reweighter(task.get("reweighter"))
+        _check_seed(task.get("seed"))
+        _check_names(task["model"])
         _check_settings(build_object(task["model"]), check_device=check_device)
         _check_records(task.get("record"))
         try:
@@ -75,6 +77,8 @@ def build_object(config: Any) -> Any:
 
 def record_list(records: Any) -> list[Any]:
     """Return a task's records as a list; a single one becomes a list of one."""
+    if isinstance(records, bool | int | float):
+        raise ConfigError(f"record is {records!r}; expected a list of configurations, or null.")
     return [records] if isinstance(records, Mapping | str) else list(records or [])
 
 
@@ -127,6 +131,11 @@ def _check_names(config: Any) -> None:
         check_config(config)
     for part in config.values():
         _check_names(part)
+
+
+def _check_seed(seed: Any) -> None:
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        raise ConfigError(f"seed is {seed!r}; expected a whole number of at least 0, or null.")
 
 
 def _check_reweighter(config: Any) -> None:

@@ -67,6 +67,24 @@ def check(monkeypatch):
         ("segments.train=0.9", "each must be in (0, 1] and their sum at most 1"),
         ("segments.train=[2019-01-01,2018-01-01]", "must be all fractions or all dates"),
         ("dataset.step_len=0", "step_len"),
+        ("dataset.step_len=abc", "step_len of TSDatasetH is 'abc'; expected a whole number"),
+        ("data.num_instruments=abc", "num_instruments of SyntheticSource is 'abc'"),
+        ("+handler.vwap=[x]", "vwap of Alpha158 is ['x']; expected text or null"),
+        ("model.network.hidden_size=-1", "hidden_size of LSTM is -1; expected at least 1"),
+        ("model.network.dropout=2", "dropout of LSTM is 2; expected 0 to 1"),
+        ("model.network.num_layers=1.5", "num_layers of LSTM is 1.5; expected a whole number"),
+        ("model.batch.size=0", "batch.size is 0; expected a whole number of at least 1"),
+        ("model.batch.drop_last=maybe", "batch.drop_last is 'maybe'; expected true or false"),
+        ("model.checkpoint.every_n_steps=0", "checkpoint.every_n_steps is 0"),
+        ("model.compile=maybe", "compile is 'maybe'; expected true or false"),
+        ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val is -1"),
+        ("trainer.gradient_clip_algorithm=vale", "Did you mean 'value'"),
+        ("callbacks.early_stop.patience=-1", "early_stop.patience is -1"),
+        ("callbacks.early_stop=soon", "early_stop is 'soon'; expected null, a patience"),
+        ("callbacks.monitor=5", "monitor is 5; expected the name of a metric"),
+        ("seed=-1", "seed is -1; expected a whole number of at least 0"),
+        ("region=uk", "unknown region 'uk'"),
+        ("task.record=5", "record is 5; expected a list"),
         (f"task.record=[{ANALYSIS}]", "SigAnaRecord needs the SignalRecord before it"),
         (f"task.record=[{ANALYSIS},{SIGNAL}]", "SigAnaRecord needs the SignalRecord before it"),
         ("task.record=[{_target_: qtorch.record.SignalRecord, a: 3}]", "SignalRecord 'a'"),
@@ -75,6 +93,24 @@ def check(monkeypatch):
 def test_wrong_settings(override, message, check):
     with pytest.raises(ConfigError) as error:
         check(override)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("portfolio.topk=0", "topk=0: expected a whole number, at least 1"),
+        ("portfolio.topk=many", "topk of TopkDropoutStrategy is 'many'; expected a whole number"),
+        ("portfolio.account=-1", "account is -1; expected a positive number"),
+        ("portfolio.deal_price=5", "deal_price=5: expected a field"),
+        ("portfolio.open_cost=abc", "open_cost of Exchange is 'abc'; expected a number"),
+        ("portfolio.delisting=zeroo", "Did you mean 'zero'"),
+        ("portfolio.as_qlib=maybe", "as_qlib of backtest is 'maybe'; expected true or false"),
+    ],
+)
+def test_wrong_settings_of_a_backtest(override, message, check):
+    with pytest.raises(ConfigError) as error:
+        check("record=full", override)
     assert message in str(error.value)
 
 
