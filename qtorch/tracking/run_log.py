@@ -68,5 +68,8 @@ class RunLog(logging.FileHandler):
     def finish(self) -> Path | None:
         """Stop collecting; return the file, or None if nothing was logged."""
         self._logger.removeHandler(self)
-        self.close()
+        try:
+            self.close()
+        except OSError as error:  # the last lines do not fit on the disk
+            self.error = self.error or str(error)
         return self.path if self.path.exists() else None
