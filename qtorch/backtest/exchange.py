@@ -317,7 +317,7 @@ class Exchange(QuoteLookup, Configured):
 
 def _parse_deal_prices(deal_price: str | Sequence[str] | None) -> tuple[str, str]:
     price = "close" if deal_price is None else deal_price
-    pair = (price, price) if isinstance(price, str) else price
+    pair = (price, price) if isinstance(price, str | int | float) else price
     if len(pair) != 2 or not all(isinstance(p, str) and p for p in pair):
         raise ConfigError(
             f"deal_price={deal_price!r}: expected a field or an expression, or a pair of them "

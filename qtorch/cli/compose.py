@@ -6,16 +6,20 @@ the other commands compose their settings with `compose_settings`.
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import (
     InterpolationResolutionError,
     MissingMandatoryValue,
@@ -24,10 +28,16 @@ from omegaconf.errors import (
 
 from qtorch.cli.overrides import expand_home
 from qtorch.cli.workflow.task import translate_workflow
-from qtorch.core.errors import ArgumentError, ConfigError, install_command, unknown_name_message
-from qtorch.core.instantiate import resolve_config
+from qtorch.core.errors import (
+    ArgumentError,
+    ConfigError,
+    QtorchError,
+    install_command,
+    unknown_name_message,
+)
+from qtorch.core.instantiate import get_signature, resolve_config
 from qtorch.core.session import resolve_path
-from qtorch.core.trust import as_stored_text
+from qtorch.core.trust import as_stored_text, locate
 from qtorch.trainer.segments import Calendars, resolve_segments
 
 ROOT_CONFIG = "train"
@@ -68,9 +78,62 @@ def compose_settings(root: str, argv: Sequence[str]) -> dict[str, Any]:
         if folder is not None:
             overrides = [f"hydra.searchpath=[file://{folder}]", *overrides]
         config = compose(root, overrides=overrides)
+        discard_inherited_settings(config, overrides)
         check_missing_values(config)
         settings: dict[str, Any] = resolve_config(config)
     return settings
+
+
+def discard_inherited_settings(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Remove settings of a class that an override replaces, if the new class does not take them.
+
+    `model.network={_target_: mine.Mean}` is merged with the network of the option that is in place
+    (hidden_size, num_layers, ...). Settings that overrides name stay, and are errors if wrong.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    named_keys = {".".join(path) for o in parsed for path in _override_paths(o)}
+    for target_key in (key for key in named_keys if key.endswith("._target_")):
+        path = target_key.removesuffix("._target_")
+        node = OmegaConf.select(config, path)
+        names = None if not isinstance(node, DictConfig) else _argument_names(config, node)
+        if names is None:
+            continue
+        inherited = [
+            str(key)
+            for key in node
+            if str(key)[0] != "_" and key not in names and f"{path}.{key}" not in named_keys
+        ]
+        with open_dict(node):
+            for key in inherited:
+                del node[key]
+        if inherited:
+            text = f"{path}: left out {', '.join(inherited)}, which {node._target_} does not take"
+            print(text, file=sys.stderr)
+
+
+def _override_paths(override: Any) -> Iterator[tuple[str, ...]]:
+    """Yield the keys of the settings that an override names."""
+    key, value = override.key_or_group, override.value()
+    yield (key,)
+    if isinstance(value, dict):
+        yield from ((key, str(name)) for name in value)
+
+
+def _argument_names(config: DictConfig, node: DictConfig) -> set[str] | None:
+    """Return what the class of a configuration takes; None if that is anything, or not known."""
+    name = str(node.get("_target_"))
+    if OmegaConf.select(config, "sweep.stored"):
+        name = as_stored_text(name)
+    try:
+        signature = get_signature(locate(name))
+    except (QtorchError, ImportError):  # the job raises it
+        return None
+    if signature is None:
+        return None
+    parameters = signature.parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return set(parameters)
 
 
 def check_runner(name: Any) -> None:
@@ -96,12 +159,45 @@ def _split_arguments(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
         elif word.startswith("--config-dir="):
             folder = _resolve_folder(word.partition("=")[2])
         elif "=" not in word and not word.startswith("~"):
-            raise ArgumentError(
-                f"invalid override {word!r}; expected KEY=VALUE or --config-dir DIR."
-            )
+            raise ArgumentError(_not_setting_text(word, words, "or --config-dir DIR"))
         else:
             overrides.append(word)
     return folder, overrides
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Raise ArgumentError for words that are neither settings nor options of Hydra's.
+
+    Hydra itself answers them with its grammar or with the usage of argparse.
+    """
+    parser = get_args_parser()
+    num_values = {
+        name: 0 if action.nargs == 0 else 1
+        for action in parser._actions
+        for name in action.option_strings
+    }
+    remaining_words = list(words)
+    while remaining_words:
+        word = remaining_words.pop(0)
+        name, equals, _ = word.partition("=")
+        if word.startswith("-") and word != "-":
+            if not any(option.startswith(name) for option in num_values):
+                raise ArgumentError(_not_setting_text(word, remaining_words, "without dashes"))
+            if num_values.get(name) and not equals and remaining_words[:1]:
+                remaining_words.pop(0)
+        elif not equals and not word.startswith("~"):
+            text = _not_setting_text(word, remaining_words, "without spaces around =")
+            raise ArgumentError(text)
+
+
+def _not_setting_text(word: str, next_words: Sequence[str], condition: str) -> str:
+    key, equals, value = word.lstrip("-").partition("=")
+    if not equals and next_words and "=" not in next_words[0]:
+        value = next_words[0]
+    if next_words[:1] == ["="]:
+        value = next_words[1] if len(next_words) > 1 else ""
+    example = f", such as {key}={value}" if key.replace(".", "").isidentifier() and value else ""
+    return f"invalid override {word!r}; expected KEY=VALUE {condition}{example}."
 
 
 def _resolve_folder(name: str) -> Path:
@@ -176,6 +272,13 @@ def _explain_error(error: BaseException, argv: Sequence[str], root: str) -> str:
         key = re.search(r"(?:full_key|Missing mandatory value): ([\w.\[\]]+)", text)
         name = key[1] if key else "a value"
         return _missing_value_text(name)
+    if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*?)'\s*1\.", text, re.DOTALL):
+        name, value = match.groups()
+        sweep = ", for a sweep add -m" if root == ROOT_CONFIG else ""
+        return (
+            f"{name}={value} has a comma: for a list write '{name}=[{value}]', for text "
+            f"'{name}=\"{value}\"'{sweep}."
+        )
     if match := re.search(r"list index out of range\s+full_key: (\S+)\[(\d+)\]", text):
         return (
             f"the list {match[1]} has no item {match[2]}. An override changes an item that exists, "
@@ -207,25 +310,45 @@ def _unknown_key_text(key: str, argv: Sequence[str], root: str) -> str:
     node: Any = _compose_valid(
         [a for a in argv if not _is_override_for(a, key)], root, parents[:1] == ["hydra"]
     )
+    places = [] if parents[:1] == ["hydra"] else find_keys(node, name)
     for depth, part in enumerate(parents, 1):
-        if isinstance(node, DictConfig) and OmegaConf.is_interpolation(node, part):
+        has_part = isinstance(node, DictConfig) and part in node
+        if has_part and OmegaConf.is_interpolation(node, part):
             unresolved: Any = OmegaConf.to_container(node, resolve=False)
             reference = str(unresolved[part])
             target = ".".join([reference.removeprefix("${").removesuffix("}"), *parents[depth:]])
             return f"{'.'.join(parents[:depth])} is {reference}: set {target}.{name}=... instead."
-        node = node.get(part) if isinstance(node, DictConfig) and part in node else None
+        node = node.get(part) if has_part else None
     parent = ".".join(parents)
     if not isinstance(node, DictConfig):
+        hint = f" Did you mean {' or '.join(places)}?" if places else ""
         return (
-            f"unknown option {key!r}: the configuration has no {parent!r} "
-            "(show it with qtorch train --cfg job)."
+            f"unknown option {key!r}: the configuration has no {parent!r}.{hint} "
+            "(Show it with qtorch train --cfg job.)"
         )
     if name in node:
         return f"{key} is a mapping that accepts new keys: add them with +{key}={{...}}."
-    message = unknown_name_message(
-        f"option of {parent}" if parent else "option", name, [str(k) for k in node]
-    )
+    kind = f"option of {parent}" if parent else "option"
+    if places:
+        message = f"unknown {kind} {name!r}. Did you mean {' or '.join(places)}?"
+    else:
+        message = unknown_name_message(kind, name, [str(k) for k in node])
     return f"{message} (To add a new option: +{key}=...)"
+
+
+def find_keys(settings: Any, name: str, limit: int = 3) -> list[str]:
+    """Return the first full names of a setting, which a user knows by its last part."""
+    names = []
+
+    def visit(node: Any, path: tuple[str, ...]) -> None:
+        for key, value in node.items() if isinstance(node, Mapping) else ():
+            if key == name:
+                names.append(".".join((*path, str(key))))
+            visit(value, (*path, str(key)))
+
+    # Without resolving references: each setting has one place.
+    visit(OmegaConf.to_container(settings, resolve=False), ())
+    return names[:limit]
 
 
 def _compose_valid(overrides: list[str], root: str, with_hydra: bool) -> Any:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 USAGE = """\
 qtorch probe: look for leaks of the future in a configuration or a run
 
-usage: qtorch probe [GROUP=OPTION ...] [KEY=VALUE ...] [run=RUN_ID] [dates=[DATE,...]]
+usage: qtorch probe [GROUP=OPTION ...] [KEY=VALUE ...] [run=RUN_ID] ["dates=[DATE,...]"]
                     [methods=[scale,shuffle,delete]] [accept=[NAME,...]] [json=FILE] [page=FILE]
 
   run      probe the dataset and the fitted model of a finished run: its ID, its first digits, its
@@ -32,7 +32,7 @@ usage: qtorch probe [GROUP=OPTION ...] [KEY=VALUE ...] [run=RUN_ID] [dates=[DATE
   json     write the report to a .json file, page: to an .html file
 
   qtorch probe data=table data.path=bars.parquet handler=alpha158 model=gru
-  qtorch probe run=RUN_ID dates=[2019-06-28] json=probe.json
+  qtorch probe run=RUN_ID "dates=[2019-06-28]" json=probe.json
 
 The groups (data, handler, dataset, model, ...) are those of `qtorch train`.
 

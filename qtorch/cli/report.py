@@ -17,7 +17,7 @@ from qtorch.core.session import resolve_path
 USAGE = """\
 qtorch report: HTML page of one run or several, readable without network or server
 
-usage: qtorch report runs=[RUN_ID,...] [out=FOLDER] [mode=sum] [tries=N] [log=true]
+usage: qtorch report "runs=[RUN_ID,...]" [out=FOLDER] [mode=sum] [tries=N] [log=true]
        qtorch report sweep=NAME [out=FOLDER] [tries=N] [log=true]
 
   runs   one ID: return, drawdown, cost, IC, quantiles, learning curves, all metrics of the run

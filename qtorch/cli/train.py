@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from qtorch.cli.compose import (
     ROOT_CONFIG,
+    check_words,
     config_path,
     select_fleet,
     translate_hydra_errors,
@@ -78,6 +79,7 @@ def _run_jobs(argv: Sequence[str], root: str) -> BaseException | int | None:
 
 
 def _run_hydra(argv: Sequence[str], root: str) -> BaseException | int | None:
+    check_words(argv)
     with (
         redact_overrides(select_fleet(expand_home(argv))) as words,
         _patch_arguments(words, root),

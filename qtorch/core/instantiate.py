@@ -104,10 +104,13 @@ def get_callable_kwargs(
 def check_config(config: Any, default_module: str | ModuleType | None = None) -> None:
     """Import what a configuration names and check its arguments, without building it.
 
-    Its nested configurations are not checked. Raises ConfigError (ArgumentError for an argument
-    that is unknown) with the nearest valid name.
+    Its nested configurations are not checked. Raises ConfigError with the nearest valid name, and
+    ArgumentError for an argument that is unknown or, in qtorch's own classes, of another type.
     """
-    _check_arguments(*get_callable_kwargs(config, default_module))
+    target, arguments = get_callable_kwargs(config, default_module)
+    _check_arguments(target, arguments)
+    if str(getattr(target, "__module__", "")).startswith("qtorch."):
+        _check_types(target, arguments)
 
 
 def _import_callable(name: Any, module: str | ModuleType | None) -> Callable[..., Any]:
@@ -169,22 +172,65 @@ def _call(
 
 def _check_arguments(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
     """Raise ArgumentError for an unknown argument, before the call raises its own TypeErrors."""
-    signature = _signature(target)
+    signature = get_signature(target)
     if signature is not None:
         check_arguments(target, signature, kwargs)
 
 
-def _signature(target: Callable[..., Any]) -> inspect.Signature | None:
+def _check_types(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise ArgumentError for a plain value where the annotation names other plain types.
+
+    A number for a text may be a name or a date that YAML has read as a number, and has an error of
+    its own.
+    """
+    signature = get_signature(target)
+    parameters = {} if signature is None else signature.parameters
+    for name, value in kwargs.items():
+        annotation = parameters[name].annotation if name in parameters else None
+        types = str(annotation).replace(" ", "").split("|")
+        if not set(types) <= {"int", "float", "str", "bool", "None"} or _fits(value, types):
+            continue
+        words = " or ".join(_TYPE_WORDS[each] for each in types)
+        raise ArgumentError(f"{name} of {_title(target)} is {value!r}; expected {words}.")
+
+
+_TYPE_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "None": "null",
+}
+
+
+def _fits(value: Any, types: list[str]) -> bool:
+    if value is None:
+        return "None" in types
+    if isinstance(value, list | tuple | Mapping):
+        return False
+    if isinstance(value, str):
+        return "str" in types
+    if "str" in types or not isinstance(value, bool | int | float):
+        return True
+    if isinstance(value, bool):
+        return "bool" in types
+    if "bool" in types and value in (0, 1):
+        return True
+    return "float" in types or ("int" in types and isinstance(value, int))
+
+
+def get_signature(target: Callable[..., Any]) -> inspect.Signature | None:
+    """Return the signature of a callable; None for a built-in without one."""
     try:
         if isinstance(target, type) and issubclass(target, Configured):
             return constructor_signature(target)
         return inspect.signature(target)
     except (ValueError, TypeError):
-        return None  # a built-in without a signature
+        return None
 
 
 def _filter_arguments(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    signature = _signature(target)
+    signature = get_signature(target)
     if signature is None:
         return {}
     parameters = signature.parameters

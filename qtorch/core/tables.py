@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import unquote
@@ -42,9 +44,12 @@ MISSING_VALUES = [
 PARQUET_SUFFIXES = (".parquet", ".pq")
 CSV_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 SUFFIXES = (*PARQUET_SUFFIXES, *CSV_SUFFIXES)
-HEAD_BYTES = 2**16
+HEAD_BYTES = 2**20  # three header lines of 5000 tickers with six fields fit
 SEPARATORS = (",", ";", "\t", "|")
-TICKER_LEVEL = "Ticker"
+# Spelling keys (see `spelling_key`) by which the level of instruments in grouped columns is known:
+# by the level's name, or because the other level has the names of prices.
+INSTRUMENT_LEVELS = {"ticker", "tickers", "symbol", "symbols", "instrument", "code", "asset"}
+PRICE_FIELDS = {"open", "high", "low", "close", "adjclose", "volume", "vwap"}
 _EXCEL_TEXT = re.compile(r'^="(.*)"$')  # how Excel keeps the zeros of "000001"
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
@@ -79,15 +84,17 @@ def read_csv(
     or bar) is that of the first line; gzip and byte-order marks are recognised by the content.
     `decimal`: the decimal point of the numbers.
 
-    The tables of yfinance, whose header has a line of fields and one of tickers, become one row per
-    date and ticker. Raises DataError for a file that is not UTF-8.
+    A header of two lines, as pandas writes grouped columns, is recognised. Columns by field and
+    instrument, such as those of yfinance, become one row per date and instrument; others, such as
+    ("feature", "ROC5"), stay grouped, with an index. Raises DataError for a file that is not UTF-8.
     """
     lines, options = _inspect_csv(path)
     options |= {"decimal": decimal, "low_memory": False, "skipinitialspace": True}
     try:
-        if _has_ticker_header(lines, options["sep"]):
-            table: pd.DataFrame = pd.read_csv(path, header=[0, 1], index_col=0, **options)
-            return _stack_tickers(table).reset_index()
+        header = _find_grouped_header(lines, options["sep"])
+        if header is not None:
+            return _read_grouped_csv(path, header, options)
+        table: pd.DataFrame
         columns = list(pd.read_csv(path, nrows=0, **options).columns)
         names = _present_names(columns, name_columns)
         table = pd.read_csv(
@@ -101,7 +108,8 @@ def read_csv(
         raise DataError(f"{path} is not text in UTF-8 ({error}); save it as UTF-8.") from error
     for column in names:
         table[column] = _strip_names(table[column])
-    return table.set_axis([str(column).strip() for column in table.columns], axis=1)
+    table = table.set_axis([str(column).strip() for column in table.columns], axis=1)
+    return table
 
 
 def _inspect_csv(path: str | Path) -> tuple[list[str], dict[str, Any]]:
@@ -124,16 +132,106 @@ def _find_separator(line: str) -> str:
     return max(SEPARATORS, key=re.sub(r'"[^"]*"', "", line).count)
 
 
-def _has_ticker_header(lines: Sequence[str], separator: str) -> bool:
-    """Whether the first lines are yfinance's: fields, tickers and the name of the dates."""
-    first_cells = [line.split(separator, 1)[0].strip() for line in lines[:3]]
-    return sorted(first_cells[:2]) == ["Price", TICKER_LEVEL] and len(first_cells) == 3
+@dataclass(frozen=True)
+class _GroupedHeader:
+    """A CSV file's header of two lines: the numbers of index columns and of lines to skip."""
+
+    num_index: int
+    num_lines: int
+    level_names: tuple[str | None, str | None]
+    index_names: list[Any]
 
 
-def _stack_tickers(table: pd.DataFrame) -> pd.DataFrame:
-    """Convert a table with a level of tickers in its columns to one row per date and ticker."""
-    stacked: Any = table.stack(TICKER_LEVEL, future_stack=True).dropna(how="all")
-    index_names = [table.index.name or "Date", TICKER_LEVEL]
+def _find_grouped_header(lines: Sequence[str], separator: str) -> _GroupedHeader | None:
+    """Recognise the header of grouped columns; None for a header of one line.
+
+    pandas writes two lines of names, and usually a third one with the names of the index alone. A
+    second line that could be one of numbers counts only if the first one repeats its names.
+    """
+    rows = [[cell.strip() for cell in row] for row in csv.reader(lines[:3], delimiter=separator)]
+    if len(rows) < 2 or len(rows[0]) < 2 or any(len(row) != len(rows[0]) for row in rows):
+        return None
+    first, second, third = rows if len(rows) == 3 else [*rows, [""]]
+    num_named = next((k for k, cell in enumerate(third) if not cell), len(third))
+    has_index_line = not any(third[num_named:]) and _is_text(third[:num_named])
+    is_named = spelling_key(second[0]) in INSTRUMENT_LEVELS
+    repeats_names = len(set(first[num_named:])) < len(first[num_named:])
+    if has_index_line and 0 < num_named < len(third) and all(first[num_named:]):
+        if is_named or repeats_names or _is_text(second[num_named:]):
+            names = (first[0] or None, second[0] or None)
+            return _GroupedHeader(num_named, 3, names, third[:num_named])
+        return None
+    return _find_two_lines(first, second)
+
+
+def _find_two_lines(first: list[str], second: list[str]) -> _GroupedHeader | None:
+    """Recognise a header without the line that names the index."""
+    levels: tuple[str | None, str | None] = (None, None)
+    num_index = next((k for k, cell in enumerate(second) if cell), 0)
+    index_names: list[Any] = [cell or None for cell in first[:num_index]]
+    if {spelling_key(first[0]), spelling_key(second[0])} & INSTRUMENT_LEVELS:
+        levels, num_index, index_names = (first[0], second[0]), 1, [None]
+    groups, members = first[num_index:], second[num_index:]
+    has_one_member = len(set(members)) == 1 < len(members) and _is_text(members)
+    is_grouped = len(set(groups)) < len(groups) or has_one_member
+    if num_index and is_grouped and all(groups) and all(members):
+        return _GroupedHeader(num_index, 2, levels, index_names)
+    return None
+
+
+def _is_text(cells: Sequence[str]) -> bool:
+    """Whether no cell is empty or looks like a number or a date."""
+    return all(cell and not re.match(r"[-+.]?\d", cell) for cell in cells)
+
+
+def _read_grouped_csv(
+    path: str | Path, header: _GroupedHeader, options: Mapping[str, Any]
+) -> pd.DataFrame:
+    """Read a CSV file whose columns are grouped; see `read_csv`."""
+    texts: dict[str, Any] = {"header": None, "dtype": str, "keep_default_na": False}
+    names: pd.DataFrame = pd.read_csv(path, nrows=2, **texts, **options)
+    index = list(range(header.num_index))
+    numbers: dict[str, Any] = {
+        **options,
+        "header": None,
+        "skiprows": options.get("skiprows", 0) + header.num_lines,
+        "dtype": dict.fromkeys(index, str),
+        "keep_default_na": False,
+        "na_values": {k: [""] if k in index else MISSING_VALUES for k in range(names.shape[1])},
+    }
+    table: pd.DataFrame = pd.read_csv(path, **numbers)
+    for k in index:
+        table[k] = _strip_names(table[k])
+    table = table.set_index(index).rename_axis(index=header.index_names)
+    levels = [names.iloc[k, header.num_index :].str.strip().tolist() for k in (0, 1)]
+    table.columns = pd.MultiIndex.from_arrays(levels, names=list(header.level_names))
+    return _stack_instruments(table).reset_index() if has_instrument_columns(table) else table
+
+
+def has_instrument_columns(table: pd.DataFrame) -> bool:
+    """Whether a frame by date has columns by field and instrument, in either order."""
+    return table.index.nlevels == 1 and _instrument_level(table.columns) is not None
+
+
+def _instrument_level(columns: pd.Index) -> int | None:
+    """Return which of two levels of columns contains instruments; None if neither is known to."""
+    if columns.nlevels != 2:
+        return None
+    for level, name in enumerate(columns.names):
+        if spelling_key(name) in INSTRUMENT_LEVELS:
+            return level
+    has_prices = [
+        any(spelling_key(name) in PRICE_FIELDS for name in columns.get_level_values(level))
+        for level in (0, 1)
+    ]
+    return has_prices.index(False) if any(has_prices) and not all(has_prices) else None
+
+
+def _stack_instruments(table: pd.DataFrame) -> pd.DataFrame:
+    """Convert columns by field and instrument to one row per date and instrument."""
+    level = _instrument_level(table.columns)
+    stacked: Any = table.stack(level, future_stack=True).dropna(how="all")
+    index_names = [table.index.name or "Date", "Ticker"]
     frame: pd.DataFrame = stacked.rename_axis(index=index_names, columns=None)
     return frame
 
@@ -236,10 +334,19 @@ def read_indexed_table(path: Path) -> pd.DataFrame:
 def index_to_columns(table: pd.DataFrame) -> pd.DataFrame:
     """Return a frame whose named index levels, or index of dates, are columns with text as names.
 
-    A level of tickers in the columns, as in the frames of yfinance, becomes a column too.
+    A level of instruments in the columns, as in the frames of yfinance, becomes a column too.
+    Raises DataError for other columns of two levels.
     """
-    if table.columns.nlevels == 2 and TICKER_LEVEL in table.columns.names:
-        table = _stack_tickers(table)
+    if has_instrument_columns(table):
+        table = _stack_instruments(table)
+    if table.columns.nlevels > 1:
+        raise DataError(
+            f"the columns have {table.columns.nlevels} levels (the first is "
+            f"{table.columns[0]}), of which none is known to contain instruments. Write one row "
+            "per date and instrument, with a column for each field; or, if the columns are by "
+            "field and instrument, call the level of the instruments 'Ticker' "
+            "(frame.columns.names = ['Price', 'Ticker'])."
+        )
     if isinstance(table.index, pd.DatetimeIndex) and table.index.name is None:
         table = table.rename_axis(index="datetime")
     if any(name is not None for name in table.index.names):

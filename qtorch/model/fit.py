@@ -122,7 +122,9 @@ def _convert_interruption(
     try:
         yield
     except RanksStopped as stop:
-        raise _build_interruption(stop.position, stop.num_batches, folder, recorder) from None
+        interruption = _build_interruption(stop.position, stop.num_batches, folder, recorder)
+        interruption.result = stop.result
+        raise interruption from None
     except (StopTraining, KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qtorch.core.configured import plain_value
-from qtorch.core.errors import DataError, NotFittedError, check_name
+from qtorch.core.errors import ConfigError, DataError, NotFittedError, check_name
 from qtorch.core.names import import_path
 from qtorch.core.plain import resolve_config
 from qtorch.core.serial import State
@@ -54,7 +54,9 @@ from qtorch.model.loop.interruption import TrainingInterrupted
 from qtorch.model.loop.module import get_module_class
 from qtorch.model.loop.options import (
     build_early_stopping,
+    check_arguments,
     check_callbacks,
+    check_count,
     check_monitor,
     check_validation,
     resolve_inner_steps,
@@ -63,8 +65,10 @@ from qtorch.model.loop.options import (
 )
 from qtorch.model.loop.schedules import scheduler_plan
 from qtorch.model.loop.scoring import evaluation_batch_size, get_readout, score_series
+from qtorch.model.loop.training import quiet_lightning
 from qtorch.model.network_config import (
     build_network,
+    check_network_sizes,
     complete_network_config,
     is_lightning_module,
     network_config,
@@ -73,7 +77,7 @@ from qtorch.model.nonfinite import check_scores, check_weights
 from qtorch.model.recipe import FitInputs, FitResult, Recipe
 from qtorch.model.state import extract_tensors, insert_tensors, replace_nonfinite, restore_nan
 from qtorch.tracking.recorder import current_recorder, tag_lineage
-from qtorch.tracking.run_description import describe_run
+from qtorch.tracking.run_description import describe_run, is_unnamed
 
 if TYPE_CHECKING:
     from qtorch.tracking.recorder import Recorder
@@ -172,6 +176,8 @@ class LightningModel(ModelFT):
         self.network = network
         self.loss, self.optimizer, self.scheduler = loss, optimizer, scheduler
         self.batch = _merge_options("batch", batch, BATCH_DEFAULTS)
+        if trainer is not None and not isinstance(trainer, Mapping):
+            raise ConfigError(f"trainer is {trainer!r}; expected arguments of pl.Trainer by name.")
         self.trainer = dict(trainer or {})
         self.monitor, self.early_stop = monitor, early_stop
         self.checkpoint = _merge_options("checkpoint", checkpoint, CHECKPOINT_DEFAULTS)
@@ -220,7 +226,7 @@ class LightningModel(ModelFT):
 
         Ctrl-C stops after the current step, saves a checkpoint and raises TrainingInterrupted (a
         KeyboardInterrupt), whose message says how to resume; the model then has the best weights so
-        far, if there was a validation on one device. A second Ctrl-C stops at once. Raises
+        far, if there was a validation. A second Ctrl-C stops at once. Raises
         DataError if there is nothing to learn from or a weight ends as NaN or infinite, and
         ConfigError for invalid settings (such as an `init_from` whose run does not exist or has no
         matching weight; the message lists the shapes).
@@ -281,8 +287,11 @@ class LightningModel(ModelFT):
         check_validation(self.early_stop, self.monitor, options)
         check_name("order", self.batch["order"], ORDERS)
         resolve_inner_steps(self.inner_steps, options, 1)
+        self._check_counts()
         if check_device:
             trainer_device(options)
+        with quiet_lightning(), numerical_settings(options, None):
+            check_arguments(options, check_device=check_device)
         if is_lightning_module(self.network):
             return  # it has its own loss and optimizer, and logs what it is judged by
         build_loss(self.loss)
@@ -292,6 +301,21 @@ class LightningModel(ModelFT):
         get_module_class(self.module)
         check_monitor(build_early_stopping(self.early_stop, self.monitor)[1])
         check_callbacks(options)
+
+    def _check_counts(self) -> None:
+        for name in ("size", "days_per_batch", "eval_size"):
+            if name != "eval_size" or self.batch[name] is not None:
+                check_count(f"batch.{name}", self.batch[name])
+        if self.checkpoint["every_n_steps"] is not None:
+            check_count("checkpoint.every_n_steps", self.checkpoint["every_n_steps"])
+        for name, value in {
+            "batch.drop_last": self.batch["drop_last"],
+            "checkpoint.enabled": self.checkpoint["enabled"],
+            "compile": self.compile,
+        }.items():
+            if not isinstance(value, bool) and not (name == "compile" and isinstance(value, dict)):
+                raise ConfigError(f"{name} is {value!r}; expected true or false.")
+        check_network_sizes(self.network)
 
     def finetune(
         self,
@@ -352,6 +376,8 @@ class LightningModel(ModelFT):
             self.input_schema_.match_features(get_samples(dataset, "train"))
         apply_statistics(dataset, self.statistics_, statistics)
         run = current_recorder() if recorder is None else recorder
+        if is_unnamed(run):
+            describe_run(run, self, dataset)
         if run is not None and self._source_recorder is not None:
             tag_lineage(run, self._source_recorder)
         device = trainer_device(recipe.trainer)
@@ -568,9 +594,10 @@ def _keep_best_weights(store_result: Callable[[FitResult], None]) -> Iterator[No
         raise
 
 
-def _merge_options(
-    argument: str, options: Mapping[str, Any] | None, defaults: Mapping[str, Any]
-) -> dict[str, Any]:
+def _merge_options(argument: str, options: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    if options is not None and not isinstance(options, Mapping):
+        names = ", ".join(defaults)
+        raise ConfigError(f"{argument} is {options!r}; expected a mapping of {names}.")
     for name in options or {}:
         check_name(f"option of {argument}", name, defaults)
     return {**defaults, **(options or {})}

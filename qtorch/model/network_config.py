@@ -20,6 +20,28 @@ from qtorch.nn.network import Network
 NETWORK_MODULE = "qtorch.nn"
 
 
+def check_network_sizes(spec: Any) -> None:
+    """Raise ConfigError for sizes and a dropout that none of qtorch's networks can have.
+
+    A network itself is only built when the number of features is known. A size is an argument whose
+    default is a whole number of at least 1.
+    """
+    if isinstance(spec, nn.Module):
+        return
+    target, arguments = get_callable_kwargs(spec, NETWORK_MODULE)
+    if not str(target.__module__).startswith(NETWORK_MODULE):
+        return
+    check_config({"_target_": target, **arguments})
+    parameters = inspect.signature(target).parameters
+    for name, value in arguments.items():
+        default = parameters[name].default
+        is_size = isinstance(default, int) and not isinstance(default, bool) and default >= 1
+        if is_size and isinstance(value, int) and value < 1:
+            raise ConfigError(f"{name} of {target.__name__} is {value}; expected at least 1.")
+        if name == "dropout" and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise ConfigError(f"dropout of {target.__name__} is {value}; expected 0 to 1.")
+
+
 def complete_network_config(
     spec: Any, samples: Samples, num_outputs: int | None = None
 ) -> dict[str, Any] | nn.Module:

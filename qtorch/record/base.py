@@ -52,6 +52,12 @@ class Record(Configured, ABC):
         """Return the logical name of an artifact of this record within the run."""
         return "/".join(part for part in (cls.artifact_path, path) if part)
 
+    def check_settings(self) -> None:
+        """Raise an error for settings that the record cannot be generated with.
+
+        It is called before the training, without a run and without data.
+        """
+
     @abstractmethod
     def generate(self) -> Any:
         """Compute and store the record."""

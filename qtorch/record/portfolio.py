@@ -9,12 +9,20 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
+from qtorch.backtest.exchange import Exchange
 from qtorch.backtest.result import BacktestResult, period_name, resample_indicators, resample_report
 from qtorch.backtest.run import backtest
+from qtorch.backtest.simulate import DELISTINGS
 from qtorch.backtest.strategy import Strategy, TopkDropoutStrategy
 from qtorch.core.errors import AuditError, ConfigError, LoadObjectError, RecordError, check_name
-from qtorch.core.instantiate import fill_placeholder, flatten_dict, resolve_config
-from qtorch.core.session import session
+from qtorch.core.instantiate import (
+    check_config,
+    fill_placeholder,
+    flatten_dict,
+    get_callable_kwargs,
+    resolve_config,
+)
+from qtorch.core.session import get_region, session
 from qtorch.data.handler.handler import DataHandler
 from qtorch.data.source.frame import build_source, default_source
 from qtorch.metrics.portfolio import indicator_analysis
@@ -43,6 +51,7 @@ DEFAULT_CONFIG: dict[str, Any] = {
         },
     },
 }
+STRATEGY_MODULE = "qtorch.backtest"
 _AUDITS = ("error", "warning", "off")
 _PARTS = ("strategy", "executor", "backtest")
 _PASS_FIGURES = ("annualized_return", "information_ratio")
@@ -151,6 +160,27 @@ class PortAnaRecord(Record):
         names += [f"port_analysis_{freq}.pkl" for freq in self.risk_freqs]
         return names + [f"indicator_analysis_{freq}.pkl" for freq in self.indicator_freqs]
 
+    def check_settings(self) -> None:
+        """Build strategy and exchange, which load nothing yet, and check the other settings."""
+        get_region(self.region)
+        settings = dict(self.backtest)
+        exchange = dict(settings.pop("exchange_kwargs", None) or {})
+        check_config({"_target_": backtest, **settings})
+        if "delisting" in settings:
+            check_name("delisting", settings["delisting"], DELISTINGS)
+        account = settings.get("account", 1.0)
+        if not isinstance(account, Mapping) and not _is_positive(account):
+            raise ConfigError(f"account is {account!r}; expected a positive number.")
+        if "exchange" not in exchange:
+            check_config({"_target_": Exchange, **exchange})
+            Exchange(**{k: v for k, v in exchange.items() if k != "source"})
+        strategy = self._strategy(PRED)
+        if isinstance(strategy, Mapping):
+            target, arguments = get_callable_kwargs(strategy, STRATEGY_MODULE)
+            if str(target.__module__).startswith("qtorch."):
+                check_config({"_target_": target, **arguments})
+                target(**arguments)
+
     def check_universe(self, num_instruments: int) -> None:
         """Raise ConfigError if the strategy is to hold more instruments than there are scores of.
 
@@ -196,7 +226,7 @@ class PortAnaRecord(Record):
             **settings,
         )
 
-    def _strategy(self, scores: pd.DataFrame) -> Any:
+    def _strategy(self, scores: pd.DataFrame | str) -> Any:
         """Return the strategy, or its configuration, with the scores as its signal."""
         strategy = self.strategy
         if isinstance(strategy, Strategy):
@@ -339,6 +369,10 @@ def _period_names(freqs: str | Sequence[str] | None, bars: str) -> list[str]:
         return [bars]
     freq_list = [freqs] if isinstance(freqs, str) else list(freqs)
     return [period_name(f) for f in freq_list]
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _bar_freq(executor: Any, settings: Mapping[str, Any]) -> str | None:

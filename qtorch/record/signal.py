@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pandas as pd
 
 from qtorch.core.errors import LoadObjectError, RecordError
+from qtorch.core.session import get_region
 from qtorch.metrics.risk import periods_per_year
 from qtorch.metrics.signal import (
     annual_return,
@@ -145,6 +146,9 @@ class SigAnaRecord(Record):
         self.region = region
         self.label_col = label_col
         self.skip_existing = skip_existing
+
+    def check_settings(self) -> None:
+        get_region(self.region)
 
     def generate(self) -> dict[str, pd.Series] | None:
         """Compute, store and log; return the series, or None if skipped."""

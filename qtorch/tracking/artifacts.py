@@ -372,6 +372,11 @@ class RunFiles:
         return cache_folder() / "runs" / self._run_id
 
     @property
+    def log_folder(self) -> Path:
+        """The folder in which the run's log is written: the artifacts of a local store."""
+        return self.root or self.work_folder
+
+    @property
     def checkpoint_folder(self) -> Path:
         """`checkpoints` under the artifacts of a local store, else under `work_folder`."""
         return (self.root or self.work_folder) / "checkpoints"

@@ -148,8 +148,9 @@ class ExpManager:
         self, store: MLflowStore, id: str | None, name: str | None, *, create: bool
     ) -> Experiment:
         """Return an experiment that is not deleted; `create` creates one with a new name."""
-        if id is None:
-            name = name or self._default_exp_name
+        is_default = id is None and not name
+        if is_default:
+            name = self._default_exp_name
         row = store.experiment(id=id, name=name)
         if row is None and name is not None and id is None and create:
             try:
@@ -160,7 +161,10 @@ class ExpManager:
         if row is None:
             existing = store.experiments()
             valid = [e.name for e in existing] if id is None else [e.id for e in existing]
-            raise NotInStoreError(unknown_name_message("experiment", str(id or name), valid))
+            message = unknown_name_message("experiment", str(id or name), valid)
+            if is_default:
+                message = f"pass experiment_name, because {name!r} is only the default: {message}"
+            raise NotInStoreError(message)
         if row.is_deleted:
             raise NotInStoreError(
                 f"the experiment {row.name!r} (ID {row.id}) is deleted; restore it with `mlflow "

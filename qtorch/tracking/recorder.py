@@ -275,9 +275,13 @@ class Recorder:
         self._sender = Sender(self._store, self._run_id, self._attempt)
         self.owner = os.getpid()
         add_running(self)
-        self._run_log = RunLog(lambda: any(r is self for r in visible_recorders()))
+        self._run_log = RunLog(
+            self._files.log_folder / self._attempt_name(RUN_LOG),
+            lambda: any(r is self for r in visible_recorders()),
+        )
         self._activate(row)
         try:
+            self._send_earlier_logs()
             self._log_provenance(is_resumed)
             self._start_system_monitor(is_resumed)
         except BaseException:
@@ -356,19 +360,45 @@ class Recorder:
             raise failure
 
     def _save_log(self, status: str) -> None:
-        """Save what was logged during the run; an error here must not keep it from ending."""
+        """End the log of the run and upload it; an error here must not keep the run from ending."""
         run_log, self._run_log = self._run_log, None
         if run_log is None:
             return
         log.info("run %s (%s) ends: %s", self.id, self.name, status)
+        path = run_log.finish()
+        if run_log.error:
+            log.warning("the log of run %s is not complete: %s", self.id, run_log.error)
+        if path is not None:
+            self._upload_log(path)
+
+    def _send_earlier_logs(self) -> None:
+        """Upload the logs of earlier attempts whose process was killed on this machine."""
+        if self._files.root is None:
+            for path in sorted(self._files.log_folder.glob(f"*{RUN_LOG}")):
+                if self._run_log is None or path != self._run_log.path:
+                    self._upload_log(path)
+
+    def _upload_log(self, path: Path) -> None:
+        """Upload a log that is complete, and delete the file; in a local store it is in place."""
+        if self._files.root is not None:
+            return
         try:
-            path = run_log.finish(self._attempt_name(RUN_LOG))
-            if path is not None:
-                self._files.save_path(path, None)
+            self._files.save_path(path, None)
+            path.unlink()
         except (TrackingError, OSError) as error:
             log.warning("could not save the log of run %s: %s", self.id, error)
-        finally:
-            run_log.delete()
+
+    def _send_log(self) -> None:
+        """Send the log so far, now and then: a process that is killed cannot send it."""
+        run_log, sender = self._run_log, self._sender
+        if run_log is None or sender is None or self._files.root is not None:
+            return
+        # If the store is away, its outbox needs no further copies.
+        if self.owner == os.getpid() and not sender.has_files and run_log.needs_upload():
+            try:
+                sender.enqueue_file(run_log.path, None)
+            except OSError as error:
+                log.debug("could not send the log of run %s: %s", self.id, error)
 
     def _attempt_name(self, name: str) -> str:
         """Return a file's name in this attempt at the run; a resumed run keeps the earlier ones."""
@@ -422,6 +452,7 @@ class Recorder:
                     warn_once(f"metric {key!r} is {value} at step {new_step} of run {self.id}")
                 entries.append({"metric": key, "value": value, "time": time, "step": new_step})
         self._send(entries)
+        self._send_log()
 
     def rename(self, name: str) -> None:
         """Give the run another name."""

@@ -17,6 +17,11 @@ log = logging.getLogger(__name__)
 NAME_LENGTH, DIGEST_LENGTH = 120, 36  # MLflow allows 500 and 36
 
 
+def is_unnamed(recorder: Any) -> bool:
+    """Whether a run has the name that a run made in Python gets without one."""
+    return isinstance(recorder, Recorder) and recorder.name == Experiment.default_recorder_name
+
+
 def describe_run(recorder: Any, model: Any, dataset: Any) -> None:
     """Log the arguments of model and dataset as params, name the run, and log its dataset.
 
@@ -28,7 +33,7 @@ def describe_run(recorder: Any, model: Any, dataset: Any) -> None:
         return
     parts = {"model": describe_value(model), "dataset": describe_value(dataset)}
     recorder.log_params(**flatten_dict(parts))
-    if recorder.name == Experiment.default_recorder_name:
+    if is_unnamed(recorder):
         network = parts["model"].get("network") if isinstance(parts["model"], dict) else None
         name = network.get("_target_") if isinstance(network, dict) else network
         recorder.rename(str(name or type(model).__name__).rpartition(".")[2][:NAME_LENGTH])

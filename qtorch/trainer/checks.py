@@ -2,44 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qtorch.core.errors import ConfigError, DataError
+from qtorch.core.errors import ConfigError, DataError, ExpressionError
 from qtorch.core.instantiate import (
     check_config,
     get_callable_kwargs,
     init_instance_by_config,
     resolve_config,
 )
+<<<<<<< HEAD
 from qtorch.core.qlib.notes import Notes
+=======
+>>>>>>> newcomer
 from qtorch.core.qlib.translation import translate_task
 from qtorch.core.trust import NAME_KEYS, check_config_trust
+from qtorch.data.processor.base import Processor
+from qtorch.trainer.segments import check_fractions, has_fractions
 
 RECORD_MODULE = "qtorch.record"
-QLIB = "qlib"  # its names are replaced by those of qtorch, or need a package that builds data
+OWN_PACKAGE = "qtorch."
 TRAIN, TEST = "train", "test"
 
 
 def check_task(task: Any, *, check_device: bool = True) -> None:
     """Raise ConfigError (or TrustError) for a task that cannot be trained. Data are not read.
 
-    Checked are the names in the task, the arguments that they take, the settings of the model
-    (`check_settings`, if it has this method), and that each record has the record that it needs
-    before it. `check_device`: this process is the one that trains.
+    Checked are the names in the task, the arguments that they take, the settings of the model, the
+    dataset and the records (`check_settings`, if they have this method), and that each record has
+    the record that it needs before it. `check_device`: this process is the one that trains, so that
+    it must have the device and the data. Raises DataError for data that does not exist.
     """
     task = resolve_config(task)
     if not isinstance(task, Mapping) or any(task.get(k) is None for k in ("model", "dataset")):
         return  # `complete_task` says what is missing
     task = translate_task(task, Notes())  # names of Qlib's are judged by what they are here
     check_config_trust(task)
-    _check_names(task["dataset"])
-    _check_names(task.get("reweighter"))
-    check_settings = getattr(build_object(task["model"]), "check_settings", None)
+    with _without_warnings():  # they are repeated when the task is carried out
+        task = translate_task(task)
+        _check_reweighter(task.get("reweighter"))
+        _check_seed(task.get("seed"))
+        _check_names(task["model"])
+        _check_settings(build_object(task["model"]), check_device=check_device)
+        _check_records(task.get("record"))
+        try:
+            _check_dataset(task["dataset"])
+        except DataError as error:
+            if check_device or isinstance(error, ExpressionError):
+                raise
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    logger = logging.getLogger("qtorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_settings(part: Any, **options: Any) -> None:
+    check_settings = getattr(part, "check_settings", None)
     if callable(check_settings):
-        check_settings(check_device=check_device)
-    _check_records(task.get("record"))
+        check_settings(**options)
 
 
 def build_object(config: Any) -> Any:
@@ -51,6 +82,8 @@ def build_object(config: Any) -> Any:
 
 def record_list(records: Any) -> list[Any]:
     """Return a task's records as a list; a single one becomes a list of one."""
+    if isinstance(records, bool | int | float):
+        raise ConfigError(f"record is {records!r}; expected a list of configurations, or null.")
     return [records] if isinstance(records, Mapping | str) else list(records or [])
 
 
@@ -99,10 +132,61 @@ def _check_names(config: Any) -> None:
     name = next((config[key] for key in NAME_KEYS if isinstance(config.get(key), str)), None)
     path = f"{config.get('module_path') or ''}.{name}".lstrip(".")
     # The module of a bare name is known to its constructor only.
-    if name is not None and "." in path and path.partition(".")[0] != QLIB:
+    if name is not None and "." in path:
         check_config(config)
     for part in config.values():
         _check_names(part)
+
+
+def _check_seed(seed: Any) -> None:
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        raise ConfigError(f"seed is {seed!r}; expected a whole number of at least 0, or null.")
+
+
+def _check_reweighter(config: Any) -> None:
+    _check_names(config)
+    if isinstance(config, Mapping | str) and not _may_read_data(config):
+        build_object(config)
+
+
+def _check_dataset(config: Any) -> None:
+    """Build a configured dataset, which reads no data yet, and check its settings.
+
+    One with parts of the user's own is not built, because these may read data at once.
+    """
+    _check_names(config)
+    if not isinstance(config, Mapping) or _may_read_data(config):
+        return
+    target, arguments = get_callable_kwargs(config)
+    segments = arguments.get("segments")
+    if isinstance(segments, Mapping) and has_fractions(segments):
+        check_fractions(segments)
+        arguments["segments"] = {}  # the dates are not known without the data
+    _check_settings(init_instance_by_config({"_target_": target, **arguments}))
+
+
+def _may_read_data(config: Any) -> bool:
+    """Whether the construction of a configured dataset may already read data.
+
+    Sources, loaders and handlers of qtorch read on first use, and processors never.
+    """
+    if isinstance(config, Path):
+        return True  # a pickle
+    if isinstance(config, str):
+        return config.startswith("file:")
+    if isinstance(config, list | tuple):
+        return any(map(_may_read_data, config))
+    if not isinstance(config, Mapping):
+        return False
+    if config.get("init_data"):
+        return True
+    name = next((config[key] for key in NAME_KEYS if key in config), None)
+    path = f"{config.get('module_path') or ''}.{name}".lstrip(".")
+    if name is not None and "." in path and not path.startswith(OWN_PACKAGE):
+        cls = get_callable_kwargs(config)[0]
+        if not (isinstance(cls, type) and issubclass(cls, Processor)):
+            return True
+    return any(map(_may_read_data, config.values()))
 
 
 def _check_records(records: Any) -> None:
@@ -112,6 +196,8 @@ def _check_records(records: Any) -> None:
         if cls is not None:
             check_config(record, RECORD_MODULE)
             _check_dependency(cls, earlier_classes)
+            if str(cls.__module__).startswith(OWN_PACKAGE):
+                _check_settings(build_object(_with_module(record)))
         earlier_classes.append(cls)
 
 

@@ -25,7 +25,7 @@ def resolve_segments(task: Mapping[str, Any], calendars: Calendars | None = None
     if not isinstance(dataset, Mapping):
         return dict(task)
     segments = dataset.get("segments")
-    if not isinstance(segments, Mapping) or not any(_is_fraction(v) for v in segments.values()):
+    if not isinstance(segments, Mapping) or not has_fractions(segments):
         return dict(task)
     handler = dataset.get("handler")
     handler = handler if isinstance(handler, Mapping) else {}
@@ -49,16 +49,7 @@ def segment_dates(segments: Mapping[str, Any], calendar: pd.DatetimeIndex) -> di
     Raises ConfigError if fractions and dates are mixed, if a fraction is not in (0, 1], if the sum
     exceeds 1, or if a segment contains no day.
     """
-    dates = [name for name, value in segments.items() if not _is_fraction(value)]
-    if dates:
-        raise ConfigError(
-            f"segments must be all fractions or all dates; {', '.join(dates)} is not a fraction, "
-            "the others are."
-        )
-    total = sum(float(v) for v in segments.values())
-    if total > 1 + 1e-9 or any(not 0 < float(v) <= 1 for v in segments.values()):
-        shares = ", ".join(f"{k}={v}" for k, v in segments.items())
-        raise ConfigError(f"segments {shares}: each must be in (0, 1] and their sum at most 1.")
+    check_fractions(segments)
     segments_out, share, has_times = {}, 0.0, is_intraday(calendar)
     for name, value in segments.items():
         first = round(share * len(calendar))
@@ -74,6 +65,25 @@ def segment_dates(segments: Mapping[str, Any], calendar: pd.DatetimeIndex) -> di
             bar_text(calendar[k]) if has_times else f"{calendar[k]:%Y-%m-%d}" for k in (first, last)
         ]
     return segments_out
+
+
+def has_fractions(segments: Mapping[str, Any]) -> bool:
+    """Whether any of the segments is a fraction of the calendar."""
+    return any(map(_is_fraction, segments.values()))
+
+
+def check_fractions(segments: Mapping[str, Any]) -> None:
+    """Raise ConfigError for segments that no calendar can be divided into."""
+    dates = [name for name, value in segments.items() if not _is_fraction(value)]
+    if dates:
+        raise ConfigError(
+            f"segments must be all fractions or all dates; {', '.join(dates)} is not a fraction, "
+            "the others are."
+        )
+    total = sum(float(v) for v in segments.values())
+    if total > 1 + 1e-9 or any(not 0 < float(v) <= 1 for v in segments.values()):
+        shares = ", ".join(f"{k}={v}" for k, v in segments.items())
+        raise ConfigError(f"segments {shares}: each must be in (0, 1] and their sum at most 1.")
 
 
 def _is_fraction(value: Any) -> bool:

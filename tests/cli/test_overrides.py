@@ -11,6 +11,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from qtorch.cli.compose import compose_settings
 from qtorch.cli.overrides import (
     expand_home,
     quote_value,
@@ -157,3 +158,35 @@ def test_configuration_on_the_screen(capsys):
         with redact_output(words):
             print("uri: http://me:s3cret@h")
         assert capsys.readouterr().out == f"uri: http://me:{text}@h\n"
+
+
+# -- settings of a class that is replaced --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["+model.network={_target_: torch.nn.Linear, in_features: 3}"], {"in_features": 3}),
+        (
+            ["model.network._target_=torch.nn.Linear", "+model.network.in_features=3"],
+            {"in_features": 3},
+        ),
+        (["model.network={_target_: torch.nn.Linear, num_layers: 3}"], {"num_layers": 3}),
+        (["model.network._target_=qtorch.nn.GRU"], {"hidden_size": 64, "num_layers": 2}),
+        (["model.network={_target_: no_such_module.Net}"], {"hidden_size": 64, "num_layers": 2}),
+        (["model.network.hidden_size=3"], {"hidden_size": 3, "num_layers": 2}),
+    ],
+)
+def test_settings_that_a_new_class_does_not_take_are_left_out(overrides, expected, capsys):
+    network = compose_settings("train", overrides)["task"]["model"]["network"]
+    del network["_target_"]
+    network.pop("dropout", None)
+    assert network == expected
+    is_replaced = "torch" in overrides[0].replace("qtorch", "")
+    assert ("model.network: left out hidden_size" in capsys.readouterr().err) == is_replaced
+
+
+def test_arguments_of_a_source_that_is_replaced():
+    words = ["data._target_=qtorch.data.QlibSource", "+data.provider_uri=bars"]
+    data = compose_settings("train", words)["task"]["dataset"]["handler"]["source"]
+    assert data == {"_target_": "qtorch.data.QlibSource", "provider_uri": "bars"}

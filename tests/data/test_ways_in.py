@@ -13,7 +13,7 @@ import pytest
 from qtorch.backtest.run import benchmark_returns
 from qtorch.backtest.scores import score_frame
 from qtorch.core.errors import ConfigError, DataError
-from qtorch.core.tables import read_indexed_table
+from qtorch.core.tables import read_indexed_table, read_table
 from qtorch.data import (
     Concepts,
     DataHandlerLP,
@@ -173,6 +173,61 @@ def test_a_frame_of_yfinance():
     assert source.fields() == ("close", "volume")
     assert source.load(["close"], instruments=["KO"]).values.flatten().tolist() == [1, 5]
     assert source.load(["close"], instruments=["NA"]).spans.tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("level_names", [[None, None], ["Price", "Ticker"], ["field", "symbol"]])
+@pytest.mark.parametrize("index_name", ["Date", None])
+@pytest.mark.parametrize("instruments", [["KO", "NA", "000001"], ["KO"]])
+def test_columns_by_field_and_instrument(tmp_path, level_names, index_name, instruments):
+    fields = ["Open", "Close"]
+    columns = pd.MultiIndex.from_product([fields, instruments], names=level_names)
+    numbers = np.arange(1.0, 1 + len(columns) * len(DAYS)).reshape(len(DAYS), -1)
+    frame = pd.DataFrame(numbers, pd.DatetimeIndex(DAYS, name=index_name), columns)
+    for table in (frame, frame.swaplevel(axis=1).sort_index(axis=1)):
+        table.to_csv(tmp_path / "index.csv")
+        table.to_csv(tmp_path / "semicolons.csv", sep=";")
+        table.rename_axis("Date").reset_index().to_csv(tmp_path / "columns.csv", index=False)
+        files = [TableSource(file) for file in sorted(tmp_path.glob("*.csv"))]
+        for source in (*files, FrameSource(table)):
+            assert source.fields() == ("open", "close") or source.fields() == ("close", "open")
+            assert source.stored_instruments() == sorted(instruments)
+            closes = source.load(["close"], instruments=["KO"]).values.flatten().tolist()
+            assert closes == frame["Close", "KO"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        ("date,KO,PEP\n2020-01-02,1,2\n2020-01-03,,\n", 2),
+        ("ticker,close\nKO,1\nPEP,\n", 2),
+        ("ticker,open,close\nKO,5,5\nPEP,5,5\n", 2),
+        ("universe,instrument,start,end\nall,KO,2020-01-02,2020-01-02\nall,NA,,\n", 2),
+        ("universe,instrument,start,end\n,KO,2020-01-02,2020-01-02\n", 1),
+        ("ticker,date,close\nKO,2020-01-02,1\nKO,2020-01-03,\n", 2),
+    ],
+)
+def test_one_line_of_header(tmp_path, content, rows):
+    (tmp_path / "a.csv").write_text(content)
+    table = read_table(tmp_path / "a.csv")
+    assert list(table.columns) == content.split("\n")[0].split(",")
+    assert len(table) == rows
+
+
+def test_a_file_of_features_and_labels(tmp_path):
+    index = pd.MultiIndex.from_product([pd.DatetimeIndex(DAYS), ["KO", "NA", "000001"]])
+    columns = [("feature", "F1"), ("feature", "F2"), ("label", "L")]
+    frame = pd.DataFrame(
+        np.arange(3.0 * len(index)).reshape(-1, 3),
+        index.set_names(["datetime", "instrument"]),
+        pd.MultiIndex.from_tuples(columns),
+    )
+    frame.to_csv(tmp_path / "features.csv")
+    read = StaticDataLoader(tmp_path / "features.csv").load()
+    expected = StaticDataLoader(frame).load()
+    assert list(read.columns) == columns
+    pd.testing.assert_frame_equal(read, expected)
+    with pytest.raises(DataError, match=r"features.csv: the columns have 2 levels .*'feature'"):
+        TableSource(tmp_path / "features.csv").panel()
 
 
 # -- names and spans of tables ---------------------------------------------------------------------

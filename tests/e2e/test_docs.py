@@ -139,6 +139,15 @@ def test_named_objects_exist(page):
             value = getattr(value, part)
 
 
+@parametrize_pages
+def test_commands_mean_the_same_in_every_shell(page):
+    """zsh refuses an unquoted [...] that matches no file, and every shell expands {a,b}."""
+    for block in page_blocks(page):
+        for command in block.commands() if block.language == "bash" else ():
+            words = re.sub(r"'[^']*'|\"[^\"]*\"|(^|\s)#.*", "", command)
+            assert not re.search(r"[][{}*?()]", words), command
+
+
 def test_index_lists_every_page():
     index = (DOCS / "index.md").read_text()
     missing = [page.name for page in DOCS.glob("*.md") if f"]({page.name})" not in index]

@@ -354,10 +354,17 @@ def test_ctrl_c_stops_all_ranks_after_the_same_step(
     reference.fit(ToyDataset())
     with monkeypatch.context() as patch:
         patch.setenv(FAULT_VARIABLE, "1:1:7:stop")
+        interrupted_model = resumable_model(**changes)
         with pytest.raises(
             TrainingInterrupted, match=r"in epoch 1 after batch \d+ of 20"
         ) as error_info:
-            resumable_model(**changes).fit(ToyDataset(), recorder=recorder)
+            interrupted_model.fit(ToyDataset(), recorder=recorder)
+    assert "has the best weights so far, of epoch 0" in str(error_info.value)
+    loss = reference.evals_result_["valid"]["loss"][0]
+    assert interrupted_model.evals_result_["valid"]["loss"] == [loss]
+    scores = interrupted_model.predict(ToyDataset())
+    assert scores.notna().all()
+    assert not scores.equals(reference.predict(ToyDataset()))  # of a later epoch
     assert error_info.value.checkpoint == str(recorder.checkpoint_dir() / LAST)
     resumed_model = resumable_model(**changes)
     resumed_model.fit(ToyDataset(), recorder=recorder)

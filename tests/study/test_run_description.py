@@ -46,3 +46,7 @@ def test_run_of_a_script_has_params_a_name_and_its_dataset(store):
     with R.start(experiment_name="script", recorder_name="my name"):
         model.fit(dataset)
         assert R.get_recorder().name == "my name"
+    with R.start(experiment_name="script"):
+        model.finetune(dataset, max_epochs=1)
+        assert R.get_recorder().name == "MLP"
+        assert R.get_recorder().list_params()["model.network"] == "MLP"

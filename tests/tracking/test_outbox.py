@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -346,6 +347,32 @@ def test_artifacts_of_a_remote_store(remote_artifacts, tmp_path):
     assert "runs" in str(loaded_run.checkpoint_dir())
     with pytest.raises(TrackingError, match=r"Did you mean 'pred\.pkl'"):
         loaded_run.load_object("pre.pkl")
+
+
+def test_log_of_a_killed_process_in_a_remote_store(remote_artifacts, tmp_path, fork):
+    """The server has the log as it was sent; the resumed run sends the rest."""
+    R.get_exp(experiment_name="e")
+    logger = logging.getLogger("qtorch.test")
+
+    def work():
+        R.start_exp(experiment_name="e")
+        logger.warning("epoch 0")
+        R.log_metrics(step=0, loss=1.0)
+        assert R.get_recorder().flush()
+        logger.warning("epoch 1")
+        R.log_metrics(step=1, loss=0.5)  # within SEND_SECONDS
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.waitpid(fork(work), 0)
+    (killed_run,) = R.list_recorders(experiment_name="e").values()
+    assert "W epoch 0" in Path(killed_run.download_artifact("run.log")).read_text()
+    with R.start(recorder_id=killed_run.id, resume=True):
+        logger.warning("epoch 2")
+    text = Path(killed_run.download_artifact("run.log", str(tmp_path))).read_text()
+    assert [line.split(" W ")[1] for line in text.splitlines()] == ["epoch 0", "epoch 1"]
+    text = Path(killed_run.download_artifact("attempt_2_run.log")).read_text()
+    assert "W epoch 2" in text
+    assert list(Path(killed_run.get_local_dir()).glob("*.log")) == []  # all of them are sent
 
 
 def test_artifact_is_saved_and_sent_after_an_outage(

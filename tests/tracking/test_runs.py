@@ -335,6 +335,13 @@ def test_errors_suggest_the_nearest_name(uri):
         R.get_exp(experiment_name="alpha").create_recorder("new").log_metrics(a=1)
 
 
+def test_runs_of_the_default_experiment_that_does_not_exist(uri):
+    run_block()
+    message = "pass experiment_name, because 'Experiment' is only the default: .* Default, e"
+    with pytest.raises(NotInStoreError, match=message):
+        R.list_recorders()
+
+
 def test_delete_run_and_experiment(uri):
     with R.start(experiment_name="e"):
         first = R.get_recorder().id
@@ -433,6 +440,30 @@ def test_run_of_a_dead_process_can_be_ended(uri, fork):
     assert recorder.status == "RUNNING"
     recorder.end_run(Recorder.STATUS_FA)
     assert read_status(recorder) == "FAILED"
+
+
+def test_killed_process_leaves_its_log(uri, fork):
+    R.get_exp(experiment_name="e")
+
+    def work():
+        R.start_exp(experiment_name="e")
+        logging.getLogger("qtorch.test").warning("the last words")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.waitpid(fork(work), 0)
+    (recorder,) = R.list_recorders(experiment_name="e").values()
+    assert "run.log" in recorder.list_artifacts()
+    assert "W the last words" in read_log(recorder)
+
+
+def test_log_that_cannot_be_written_does_not_stop_the_run(uri, caplog):
+    with R.start(experiment_name="e"):
+        run = R.get_recorder()
+        Path(run.get_local_dir(), "artifacts").write_text("a file in the place of the folder")
+        logging.getLogger("qtorch.test").warning("words")
+        Path(run.get_local_dir(), "artifacts").unlink()
+    assert read_status(run) == "FINISHED"
+    assert f"the log of run {run.id} is not complete: " in caplog.text
 
 
 def test_provenance_is_recorded(uri, tmp_path, monkeypatch):

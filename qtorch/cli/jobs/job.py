@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from qtorch.cli.compose import (
     LOCAL,
     check_missing_values,
     check_runner,
+    discard_inherited_settings,
     translate_hydra_errors,
 )
 from qtorch.cli.guard import error_line
@@ -158,6 +160,8 @@ def _record_lost_process(
 def _validate_settings(config: DictConfig) -> dict[str, Any]:
     """Return the settings as plain data after checking that they are complete."""
     with translate_hydra_errors():
+        config = copy.deepcopy(config)
+        discard_inherited_settings(config, list(HydraConfig.get().overrides.task))
         check_missing_values(config)
         settings: dict[str, Any] = complete_tree(resolve_config(config))
     check_runner(settings["runner"])

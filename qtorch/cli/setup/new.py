@@ -88,7 +88,7 @@ qtorch runs
 qtorch predict run=latest segment=test out=scores.parquet
 qtorch train --config-dir conf experiment=@NAME@ record=full portfolio.topk=5 portfolio.n_drop=1
 qtorch train -m --config-dir conf experiment=@NAME@ model.network.hidden_size=8,16 seed=0,1
-python -m pytest
+python -m pytest                                           # pip install pytest
 ```
 
 Your own bars: `data=table data.path=bars.parquet`, or `data=qlib data.provider_uri=FOLDER

@@ -97,6 +97,10 @@ class DatasetH(Dataset):
             check_segments(spans)
         return spans
 
+    def check_settings(self) -> None:
+        """Raise an error for settings that no samples can be built with; no data is loaded."""
+        self.handler.check_settings()
+
     # -- data ----------------------------------------------------------------------------------
 
     def view(self, data_key: str = DK_I, *, groups: Sequence[str] | None = None) -> View:

@@ -224,7 +224,7 @@ def _samples_from_windows(
         has_label = label_mask(segment, labels, finite_labels(labels, target, learn=True))
         notes["unlabelled"] = int((~has_label).sum())
         sample_order, target = sample_order[has_label], target[has_label]
-    log_samples(segment, len(sample_order), notes, num_purged_days)
+    log_samples(segment, len(sample_order), notes, num_purged_days, learn=data_key == "learn")
     storage_index = (storage_index[0][sample_order], storage_index[1][sample_order])
     return Samples(
         packed_features,

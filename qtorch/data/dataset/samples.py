@@ -475,7 +475,7 @@ def build_samples(
         notes["unlabelled"] = int((~has_label).sum())
         date, instrument, target = date[has_label], instrument[has_label], target[has_label]
         raw_values = None if raw_values is None else raw_values[has_label]
-    log_samples(name, len(date), notes, horizon)
+    log_samples(name, len(date), notes, horizon, learn=learn)
     return Samples(
         features,
         date,
@@ -542,9 +542,14 @@ def _empty_message(view: View, name: str, start: Any, end: Any, num_purged: int)
     )
 
 
-def log_samples(name: str, count: int, notes: Mapping[str, int], horizon: int) -> None:
-    """Log how many samples a segment has, and how many were left out and why."""
-    log.info("%s: %s samples", name, f"{count:,}")
+def log_samples(
+    name: str, count: int, notes: Mapping[str, int], horizon: int, *, learn: bool
+) -> None:
+    """Log how many samples a segment has, and how many were left out and why.
+
+    `learn`: they are for learning, which needs labels; otherwise for prediction.
+    """
+    log.info("%s: %s samples %s", name, f"{count:,}", "with labels" if learn else "to score")
     if notes.get("purged"):
         log.info(
             "%s: purged %s samples whose labels reach into the next segment (horizon %d bars)",

@@ -12,6 +12,7 @@ from weakref import WeakSet
 from qtorch.core.errors import ConfigError, ExpressionError, join_names, unknown_name_message
 from qtorch.core.tables import not_text_message
 from qtorch.data.expression import expression_fields
+from qtorch.data.expression.requirement import max_reach
 from qtorch.data.handler.handler import DataHandlerLP
 from qtorch.data.handler.loader import QlibDataLoader
 from qtorch.data.panel.columns import Columns
@@ -294,6 +295,10 @@ class AlphaDL(QlibDataLoader):
             inst_processors,
             source=source,
         )
+
+    def check_settings(self, instruments: Any = None, source: Source | None = None) -> None:
+        max_reach([] if self.vwap is None else [self.vwap])
+        super().check_settings(instruments, source)
 
     def field_source(
         self, source: Source | None, fields: Mapping[str, Mapping[str, str]]

@@ -205,6 +205,12 @@ class DataHandler(Configured, Serializable):
         handler._discard_data()
         return handler
 
+    def check_settings(self) -> None:
+        """Raise an error for settings that no data can be loaded with; nothing is loaded."""
+        self.data_loader.check_settings(self.instruments, self.source)
+        if self.source is None and self.data_loader.needs_source():
+            default_source()
+
     def get_loaded_view(self) -> View | None:
         """Return the raw data as far as it is loaded; its columns may be only those needed."""
         return self._raw
@@ -371,6 +377,14 @@ class DataHandlerLP(DataHandler):
             cache=cache,
             device=device,
         )
+
+    def check_settings(self) -> None:
+        super().check_settings()
+        names = self.data_loader.names()
+        if names is not None:
+            is_append = self.process_type == self.PTYPE_A
+            inference = [*self.shared_processors, *self.infer_processors]
+            pipeline.check_names(self.get_all_processors() if is_append else inference, names)
 
     def get_all_processors(self) -> list[Processor]:
         """Return the shared, infer and learn processors, in this order."""

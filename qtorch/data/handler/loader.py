@@ -21,7 +21,12 @@ from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.tables import is_frame, not_text_message
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression import evaluate, expression_fields
-from qtorch.data.expression.requirement import is_cross_sectional, join_reaches, max_reach
+from qtorch.data.expression.requirement import (
+    check_fields,
+    is_cross_sectional,
+    join_reaches,
+    max_reach,
+)
 from qtorch.data.handler.feature_cache import current_feature_cache, feature_key
 from qtorch.data.handler.feature_device import current_feature_device
 from qtorch.data.handler.filter import DynamicFilter, build_filters
@@ -121,6 +126,12 @@ class DataLoader(Configured, ABC):
         """
         return False
 
+    def check_settings(self, instruments: Any = None, source: Source | None = None) -> None:
+        """Raise an error for settings that no data can be loaded with; nothing is loaded.
+
+        `instruments` and `source` are those of the handler.
+        """
+
     def change_data(self, change: DataChange) -> DataLoader:
         """Return a loader of changed data; the caller changes the handler's source.
 
@@ -197,6 +208,22 @@ class QlibDataLoader(DataLoader):
 
     def needs_source(self) -> bool:
         return self._own_source is None
+
+    def check_settings(self, instruments: Any = None, source: Source | None = None) -> None:
+        """Parse all expressions; check the names of fields and of the universe if known."""
+        rules = [rule for each in self._filters for rule in each.expressions()]
+        expressions = [*(e for part in self._fields.values() for e in part.values()), *rules]
+        max_reach(expressions)
+        source = self._own_source or source
+        if source is None or not source.knows_names:
+            return
+        source = self.field_source(source, self._fields)
+        names = expression_fields(expressions)
+        if len(source.find_fields(names, self.freq)) < len(names):
+            check_fields(expressions, source.fields(self.freq))
+        universe, _ = _split_universe("all" if instruments is None else instruments)
+        if isinstance(universe, str) or not isinstance(universe, Iterable):
+            source.resolve_universe(universe)
 
     def change_data(self, change: DataChange) -> DataLoader:
         loader = copy.copy(self)
@@ -470,6 +497,10 @@ class NestedDataLoader(DataLoader):
     def bind_train_segment(self, start: Any, end: Any) -> bool:
         are_changed = [loader.bind_train_segment(start, end) for loader in self._loaders]
         return any(are_changed)
+
+    def check_settings(self, instruments: Any = None, source: Source | None = None) -> None:
+        for loader in self._loaders:
+            loader.check_settings(instruments, source)
 
     def change_data(self, change: DataChange) -> DataLoader:
         loader = copy.copy(self)

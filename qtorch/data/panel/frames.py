@@ -15,9 +15,9 @@ from qtorch.core.dates import parse_dates
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.session import resolve_path
 from qtorch.core.tables import (
-    TICKER_LEVEL,
     as_pandas,
     find_column,
+    has_instrument_columns,
     index_to_columns,
     is_table,
     read_table,
@@ -150,7 +150,7 @@ def index_frame(frame: pd.DataFrame, options: ReadOptions | None = None) -> pd.D
             return _parse_levels(frame, options)
     elif frame.index.name is not None and not find_column([str(frame.index.name)], LEVEL_COLUMNS):
         frame = frame.reset_index(drop=True)  # neither dates nor instruments
-    is_flat = frame.columns.nlevels == 1 or TICKER_LEVEL in frame.columns.names
+    is_flat = frame.columns.nlevels == 1 or has_instrument_columns(frame)
     table = index_to_columns(frame) if is_flat else frame
     columns = list(table.columns) if is_flat else []
     date_column = find_column(columns, DATE_COLUMNS)

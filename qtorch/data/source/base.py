@@ -63,6 +63,14 @@ class Source(Configured, ABC):
     #: The frequency that is read if none is requested; None: see `resolve_frequency`.
     freq: str | None = None
 
+    @property
+    def knows_names(self) -> bool:
+        """Whether the names of fields and universes are known without reading all bars.
+
+        Wrong names in a configuration are then errors before the data is read.
+        """
+        return False
+
     # -- methods to implement --------------------------------------------------------------------
 
     @abstractmethod
@@ -149,7 +157,7 @@ class Source(Configured, ABC):
 
     def instruments(self, universe: str = "all") -> Membership:
         """Return `{instrument: membership spans}`, sorted; `D.list_instruments` in Qlib."""
-        return dict(sorted(self.read_membership(self._resolve_universe(universe)).items()))
+        return dict(sorted(self.read_membership(self.resolve_universe(universe)).items()))
 
     def load(
         self,
@@ -278,8 +286,11 @@ class Source(Configured, ABC):
 
     # -- selection -------------------------------------------------------------------------------
 
-    def _resolve_universe(self, name: str) -> str:
-        """Return the stored name of a universe; Qlib's file names are lower case."""
+    def resolve_universe(self, name: str) -> str:
+        """Return the stored name of a universe; Qlib's file names are lower case.
+
+        Raises DataError for an unknown name, and ConfigError for one that is not text.
+        """
         stored_names = self.universes()
         if isinstance(name, str) and name.lower() in stored_names and name not in stored_names:
             return name.lower()
@@ -295,7 +306,7 @@ class Source(Configured, ABC):
         """Return the spans of the instruments that are members on at least one of the rows."""
         start, end = calendar[rows.start], calendar[rows.stop - 1]
         if isinstance(instruments, str) or not isinstance(instruments, Iterable):
-            membership = self.read_membership(self._resolve_universe(instruments))
+            membership = self.read_membership(self.resolve_universe(instruments))
             source_text = f"universe {instruments!r}"
         else:
             membership = self._parse_instruments(instruments)

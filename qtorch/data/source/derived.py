@@ -29,6 +29,10 @@ class DerivedSource(Source):
         if max_reach(expressions) != (0, 0):
             raise ConfigError(f"{expressions} must read no other bars; remove Ref, Mean and so on.")
 
+    @property
+    def knows_names(self) -> bool:
+        return self.source.knows_names
+
     def read_calendar(self, freq: str) -> pd.DatetimeIndex:
         return self.source.read_calendar(freq)
 

@@ -132,6 +132,10 @@ class QlibSource(Source):
             self._calendars[key] = calendar
         return self._calendars[key]
 
+    @property
+    def knows_names(self) -> bool:
+        return True
+
     def universes(self) -> tuple[str, ...]:
         paths = (self._folder / "instruments").glob("*.txt")
         return tuple(sorted(p.stem for p in paths if not p.name.startswith(".") and p.is_file()))

@@ -21,6 +21,7 @@ from qtorch.data.source.frame import PanelSource, mask_membership, span_membersh
 Array: TypeAlias = np.ndarray
 
 BENCHMARK = "MARKET"
+UNIVERSES = ("all", "liquid", "stocks")
 FIELDS = ("open", "high", "low", "close", "volume", "vwap", "factor", "change")
 
 # Default weights of the two parts of the signal (the recent return and the return of the last 60
@@ -325,6 +326,19 @@ class SyntheticSource(PanelSource):
 
     def memberships(self) -> Mapping[str, Membership]:
         return self._market().memberships
+
+    @property
+    def knows_names(self) -> bool:
+        return type(self) is SyntheticSource  # a subclass may have others
+
+    def fields(self, freq: str | None = None) -> tuple[str, ...]:
+        if not self.knows_names:
+            return super().fields(freq)
+        self._check_frequency(self.resolve_frequency(freq))
+        return FIELDS
+
+    def universes(self) -> tuple[str, ...]:
+        return UNIVERSES if self.knows_names else super().universes()
 
     def fingerprint(self) -> str:
         """Hash what the market is simulated from, without simulating it."""

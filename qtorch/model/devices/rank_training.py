@@ -171,6 +171,8 @@ def _train_share(
         else:
             is_finished = _run_until_stop(training, checkpoint)
         if not is_finished:
+            if rank == 0 and training.has_best_weights:
+                _write_result(training, checkpoint, folder)
             parent.send(
                 {
                     "stopped": checkpoint_callback.stop_position,
@@ -178,16 +180,23 @@ def _train_share(
                 }
             )
             return
-        fit_result = training.result(checkpoint)
-    if rank == 0:
-        network = get_network(training.module)
-        if isinstance(
-            network, pl.LightningModule
-        ):  # it refers to its trainer, which cannot be pickled
-            fit_result.network = network.state_dict()  # type: ignore[assignment]  # the parent loads it into its module
-        with atomic_write(folder / RESULT) as path:
-            path.write_bytes(cloudpickle.dumps(fit_result))
+        if rank == 0:
+            _write_result(training, checkpoint, folder)
+        else:
+            training.result(checkpoint)  # the ranks gather sharded weights together
     parent.send({"done": True})
+
+
+def _write_result(
+    training: Training, checkpoint: tuple[Path, dict[str, Any]] | None, folder: Path
+) -> None:
+    """Write the result with the best weights for the parent."""
+    fit_result = training.result(checkpoint)
+    network = get_network(training.module)
+    if isinstance(network, pl.LightningModule):  # it refers to its trainer: not to be pickled
+        fit_result.network = network.state_dict()  # type: ignore[assignment]  # the parent loads it into its module
+    with atomic_write(folder / RESULT) as path:
+        path.write_bytes(cloudpickle.dumps(fit_result))
 
 
 def _run_until_stop(training: Training, checkpoint: tuple[Path, dict[str, Any]] | None) -> bool:

@@ -65,8 +65,11 @@ class RankError(QtorchError, RuntimeError):
 class RanksStopped(Exception):
     """All ranks stopped after the same step.
 
-    `position` is (epoch, batch), `num_batches` the number of batches of the epoch.
+    `position` is (epoch, batch), `num_batches` the number of batches of the epoch; `result` the
+    training so far with its best weights, or None before the first validation.
     """
+
+    result: FitResult | None = None
 
     def __init__(self, position: tuple[int, int] | None, num_batches: int) -> None:
         super().__init__()
@@ -123,16 +126,26 @@ def fit_on_ranks(
         handles = _start_ranks(launch, rank_folder, digest)
         try:
             RankSupervisor(handles, recorder, interruption).wait()
+        except RanksStopped as stop:
+            if (rank_folder / RESULT).is_file():
+                stop.result = _read_result(rank_folder, network)
+            raise
         finally:
             for handle in handles:
                 handle.kill()
-        fit_result: FitResult = pickle.loads((rank_folder / RESULT).read_bytes())
-    if isinstance(network, pl.LightningModule):
-        network.load_state_dict(fit_result.network)  # type: ignore[arg-type]  # a state dict, see train_rank
-        fit_result.network = network
+        fit_result = _read_result(rank_folder, network)
     if fit_result.report["resumed_from"] is not None and checkpoint is not None:
         # The ranks got the absolute path; the report of one device has the path as it was passed.
         fit_result.report["resumed_from"] = str(checkpoint)
+    return fit_result
+
+
+def _read_result(rank_folder: Path, network: nn.Module) -> FitResult:
+    """Read what the first rank has written; `network` is that of this process."""
+    fit_result: FitResult = pickle.loads((rank_folder / RESULT).read_bytes())
+    if isinstance(network, pl.LightningModule):
+        network.load_state_dict(fit_result.network)  # type: ignore[arg-type]  # a state dict, see train_rank
+        fit_result.network = network
     return fit_result
 
 

@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ REJECTED_FOR_SCORE_MODULES: dict[type, str] = {
     BackboneFinetuning: "needs a LightningModule with a `backbone`: use "
     "finetune(unfreeze_every=...).",
 }
+
+LIGHTNING_ERRORS = (MisconfigurationException, ValueError, TypeError)  # for wrong arguments
 
 NUMBER_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps"), (int,)),
@@ -259,6 +262,18 @@ def _check_numbers(arguments: Mapping[str, Any]) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
             type_name = "a number" if float in types else "an integer"
             raise ConfigError(f"trainer.{name} is {value!r}; expected {type_name}.")
+    clip = arguments.get("gradient_clip_val")
+    if clip is not None and clip < 0:
+        raise ConfigError(f"trainer.gradient_clip_val is {clip}; expected at least 0, or null.")
+    algorithm = arguments.get("gradient_clip_algorithm")
+    if algorithm is not None:
+        check_name("trainer.gradient_clip_algorithm", str(algorithm), ("norm", "value"))
+
+
+def check_count(name: str, value: Any, *, minimum: int = 1) -> None:
+    """Raise ConfigError unless a setting is a whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {minimum}.")
 
 
 def reject_callbacks(callbacks: Sequence[Callback], reasons: Mapping[type, str]) -> None:
@@ -395,14 +410,22 @@ def build_early_stopping(spec: Any, monitor: str) -> tuple[EarlyStopping | None,
     `spec` is None, a patience, or a mapping with `patience` and any of `monitor`, `mode`,
     `min_delta`.
     """
+    if not isinstance(monitor, str):
+        raise ConfigError(f"monitor is {monitor!r}; expected the name of a metric, such as loss.")
     if spec is None or spec is False:
         return (None, *resolve_monitor(monitor))
+    if not isinstance(spec, int | Mapping):
+        raise ConfigError(
+            f"early_stop is {spec!r}; expected null, a patience in epochs, or a mapping with "
+            "patience, monitor, mode or min_delta."
+        )
     options: dict[str, Any] = {"patience": spec} if isinstance(spec, int) else dict(spec)
     valid = ("monitor", "patience", "mode", "min_delta")
     for name in options:
         check_name("option of early_stop", name, valid)
     name, mode = resolve_monitor(options.pop("monitor", monitor), options.pop("mode", None))
-    patience = int(options.pop("patience", 10))
+    patience = options.pop("patience", 10)
+    check_count("early_stop.patience", patience, minimum=0)
     callback = ScoreEarlyStopping(name, mode=mode, patience=patience, **options)
     return callback, name, mode
 
@@ -453,8 +476,33 @@ def build_trainer(
         callbacks.append(bar_class(loader))
     try:
         return pl.Trainer(**arguments, callbacks=callbacks)
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        raise ConfigError(f"Lightning rejects these trainer arguments: {error}") from error
+    except LIGHTNING_ERRORS as error:
+        raise _rejection(error) from error
+
+
+def check_arguments(options: TrainerOptions, *, check_device: bool) -> None:
+    """Raise ConfigError for arguments that Lightning rejects, by building its Trainer once.
+
+    It is built without the parts that have an effect or belong to one fit, and for one device; with
+    `check_device=False` for the CPU, because another machine has the device.
+    """
+    parts = ("callbacks", "logger", "plugins", "strategy", "default_root_dir", "num_nodes")
+    arguments = {k: v for k, v in options.arguments.items() if k not in parts}
+    if not isinstance(arguments.get("profiler"), str):
+        arguments.pop("profiler", None)
+    is_cpu = not check_device or device_name(options) == "cpu"
+    arguments |= {"accelerator": "cpu" if is_cpu else arguments.get("accelerator", "auto")}
+    arguments |= {"devices": 1, "max_epochs": options.max_epochs, "logger": False}
+    arguments |= {"enable_checkpointing": False, "enable_progress_bar": False}
+    arguments |= {"enable_model_summary": False}
+    try:
+        pl.Trainer(**arguments)
+    except LIGHTNING_ERRORS as error:
+        raise _rejection(error) from error
+
+
+def _rejection(error: Exception) -> ConfigError:
+    return ConfigError(f"Lightning rejects these trainer arguments: {error}")
 
 
 def _plugins(user_plugins: Any, rank_info: RankInfo | None) -> list[Any]:

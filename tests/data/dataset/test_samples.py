@@ -134,8 +134,11 @@ def test_samples_whose_label_reaches_the_next_segment_are_purged(caplog):
         )
     assert samples.index.get_level_values(0).max() == pd.Timestamp("2020-01-08")
     assert samples.describe()["purged"] == 2 * N
+    assert f"train: {len(samples)} samples with labels" in caplog.text
     assert "train: purged 8 samples" in caplog.text
-    assert len(build_samples(view, end="2020-01-10")) == len(samples) + 2 * N
+    with caplog.at_level(logging.INFO, "qtorch"):
+        assert len(build_samples(view, end="2020-01-10", name="test")) == len(samples) + 2 * N
+    assert f"test: {len(samples) + 2 * N} samples to score" in caplog.text
 
 
 def test_rows_without_a_label_are_left_out_for_learning(caplog):
