@@ -15,10 +15,7 @@ from qtorch.core.instantiate import (
     init_instance_by_config,
     resolve_config,
 )
-<<<<<<< HEAD
 from qtorch.core.qlib.notes import Notes
-=======
->>>>>>> newcomer
 from qtorch.core.qlib.translation import translate_task
 from qtorch.core.trust import NAME_KEYS, check_config_trust
 from qtorch.data.processor.base import Processor
