@@ -55,13 +55,13 @@ class Batch:
     def tensors(self) -> list[Tensor]:
         """Return all tensors of the batch, in an order of their own."""
         tensors: list[Tensor] = []
-        self._map_tensors(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        self.map_tensors(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
         return tensors
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:
         """Return the batch with other tensors, in the order of `tensors`."""
         remaining = iter(tensors)
-        return self._map_tensors(lambda _: next(remaining))
+        return self.map_tensors(lambda _: next(remaining))
 
     def flatten(self) -> Batch:
         """Flatten a day batch to `[G * N, ...]`, including padding; others are unchanged."""

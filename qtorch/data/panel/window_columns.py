@@ -303,8 +303,10 @@ class StoredWindowColumns(PanelColumns):
             self._panel, names, overrides=overrides, chain=chain, finite_fields=self._finite_fields
         )
 
-    def _pack(self, device: torch.device, history: Tensor | None, step_len: int) -> PackedColumns:
-        rows = super()._pack(device, history, step_len)
+    def _pack(
+        self, device: torch.device, history: Tensor | None, step_len: int, dtype: torch.dtype
+    ) -> PackedColumns:
+        rows = super()._pack(device, history, step_len, dtype)
         num_steps = count_window_steps(self.names)
         return rows if num_steps == 1 else StoredWindowPack(rows, num_steps)
 

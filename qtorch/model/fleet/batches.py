@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qtorch.data.dataset.batch import Batch, send_to_device
+from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.batches import BatchLoader
 from qtorch.data.dataset.samples import Samples
+from qtorch.data.transfer import send_to_device
 
 # Sample numbers of which the tensors of a batch are filled where a day has none.
 FILLERS: dict[str, Any] = {"y": torch.nan, "raw_label": torch.nan, "mask": False}
