@@ -297,7 +297,7 @@ def _rank_margins(values: Tensor, windows: Sequence[int]) -> Tensor:
 def _column_parts(values: Tensor, window: int) -> tuple[Tensor, ...]:
     """Split series `[S, D, n]` so that the rows of all windows are not too many at once."""
     num_values = values.shape[0] * values.shape[1] * window
-    return values.split(max(1, MAX_WINDOW_VALUES // num_values), -1)
+    return torch.split(values, max(1, MAX_WINDOW_VALUES // num_values), -1)
 
 
 def _quantile_kernel(executor: GroupExecutor, members: Sequence[int]) -> list[GroupResult]:
