@@ -97,6 +97,9 @@ def count_step(name: str, num_members: int, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_step_reads_nothing_and_its_operations_do_not_grow_with_members(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few, many = (count_step(name, count, monkeypatch) for count in (2, 5))
-    assert not HOST_READS & set(few.counts)
-    assert few.num_kernels == many.num_kernels, (few.counts - many.counts, many.counts - few.counts)
+    small_fleet, large_fleet = (count_step(name, count, monkeypatch) for count in (2, 5))
+    assert not HOST_READS & set(small_fleet.counts)
+    assert small_fleet.num_kernels == large_fleet.num_kernels, (
+        small_fleet.counts - large_fleet.counts,
+        large_fleet.counts - small_fleet.counts,
+    )
