@@ -277,7 +277,7 @@ class Recorder:
         add_running(self)
         self._run_log = RunLog(
             self._files.log_folder / self._attempt_name(RUN_LOG),
-            lambda: any(r is self for r in visible_recorders()),
+            self._is_current,
         )
         self._activate(row)
         try:
@@ -289,6 +289,11 @@ class Recorder:
             raise
         log.info("started run %s (%s)", self.id, self.name)
         return self
+
+    def _is_current(self) -> bool:
+        """Whether this context works on the run, or on none in particular."""
+        recorders = visible_recorders()
+        return not recorders or any(recorder is self for recorder in recorders)
 
     def _activate(self, row: RunRow) -> None:
         from qtorch.tracking.mlflow_active_run import activate_run
