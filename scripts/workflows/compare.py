@@ -6,7 +6,8 @@ PYTHON has pyqlib. Both take turns on a made-up market of Qlib's layout in FOLDE
 with one thread. The first table compares the IC of the scores (deep models: over some seeds) and
 the portfolio's figures that qtorch (`as_qlib=True`) computes from Qlib's own scores; the second one
 the shortest times of the whole commands: by the clock, and of the processor, which other programs
-on the machine disturb less. Runs that FOLDER has already are not repeated.
+on the machine disturb less. Runs that FOLDER has already are not repeated. Where Qlib holds more
+stocks than topk (a fault), its portfolio differs.
 """
 
 from __future__ import annotations
