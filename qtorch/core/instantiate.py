@@ -186,8 +186,9 @@ def _check_types(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
     signature = get_signature(target)
     parameters = {} if signature is None else signature.parameters
     for name, value in kwargs.items():
-        annotation = parameters[name].annotation if name in parameters else None
-        types = str(annotation).replace(" ", "").split("|")
+        if name not in parameters:  # one of many, as `**parameters`
+            continue
+        types = str(parameters[name].annotation).replace(" ", "").split("|")
         if not set(types) <= {"int", "float", "str", "bool", "None"} or _fits(value, types):
             continue
         words = " or ".join(_TYPE_WORDS[each] for each in types)

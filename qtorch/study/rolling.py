@@ -100,6 +100,8 @@ def rolling_study(
     store the reason.
     """
     task = translate_task(resolve_config(task))
+    if horizon is not None:
+        _with_horizon(task, horizon)  # a wrong one is said before anything else
     # The stitched signal stands for the scores of a SignalRecord.
     check_task({**task, "record": _add_signal_record(task.get("record"))}, check_device=False)
     base = complete_task(task)

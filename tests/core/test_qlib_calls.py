@@ -233,8 +233,8 @@ def test_the_examples_tasks_translate(module):
     assert task["dataset"]["handler"]["instruments"] == "csi300"
     rolling = config.CSI100_RECORD_LGB_TASK_CONFIG_ROLLING
     assert rolling["dataset"]["kwargs"]["segments"]["train"] == ("2013-01-01", "2014-12-31")
-    with pytest.raises(ConfigError, match="XGBoost is not part of qtorch"):
-        translate_task(config.CSI100_RECORD_XGBOOST_TASK_CONFIG)
+    task = translate_task(config.CSI100_RECORD_XGBOOST_TASK_CONFIG)
+    assert task["model"]["_target_"] == "qtorch.model.XGBModel"
 
 
 # -- D ---------------------------------------------------------------------------------------------
