@@ -34,12 +34,15 @@ from small_networks import network_config, network_dataset, network_names
 
 from qtorch.core.instantiate import init_instance_by_config
 from qtorch.data.dataset.batches import BatchLoader
+from qtorch.model.fleet.fleet import Fleet
+from qtorch.model.fleet.training import FleetTraining
 from qtorch.model.loop.module import ScoreModule
 from qtorch.model.loop.scoring import ForwardAdapter
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if HAS_GPU else "cpu")
 SPEED_NETWORKS = ("lstm", "gru", "mlp", "transformer", "gats")
+FLEET_NETWORKS = ("lstm", "gru", "mlp")
 TWICE_NETWORKS = ("lstm", "mlp", "gats", "igmtf", "tabnet", "transformer", "tcn")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 SYNC_MESSAGE = "synchroniz"  # part of CUDA's warning
@@ -349,6 +352,52 @@ def hand_written_speeds(
     return row
 
 
+def check_fleet(report: Report, is_small: bool) -> None:
+    """Compare fleets with single fits of the same samples, in samples per second of all members."""
+    sizes = {"num_days": 60, "num_instruments": 50} if is_small else {}
+    sizes = sizes or {"num_days": 600, "num_instruments": 800}
+    for name in FLEET_NETWORKS[: 1 if is_small else None]:
+        dataset = network_dataset(name, **sizes)
+        for batch_size in (800,) if is_small else (800, 8000):
+            single = fleet_speed(name, dataset, batch_size, 1)
+            for num_members in (2,) if is_small else (1, 8, 20, 64):
+                with clean_memory():
+                    speed = fleet_speed(name, dataset, batch_size, num_members, is_fleet=True)
+                row = {"network": name, "batch": batch_size, "members": num_members}
+                report.add("fleet", {**row, "fleet": speed, "one": single, "ratio": speed / single})
+
+
+def fleet_speed(
+    name: str, dataset: Any, batch_size: int, num_members: int, *, is_fleet: bool = False
+) -> float:
+    """Return the samples per second of two epochs, the second of which is counted."""
+    models = [build_model(name, max_epochs=2) for _ in range(num_members)]
+    for seed, model in enumerate(models):
+        model.batch["size"], model.seed = batch_size, seed
+    rounds = []
+    run_round = FleetTraining.run_round
+
+    def timed_round(self: FleetTraining, is_stop_requested: Callable[[], bool]) -> bool:
+        synchronize()
+        begin = time.perf_counter()
+        is_complete = run_round(self, is_stop_requested)
+        synchronize()
+        rounds.append(time.perf_counter() - begin)
+        return is_complete
+
+    if not is_fleet:
+        models[0].fit(dataset)
+        return float(models[0].fit_report_["samples_per_second"])
+    FleetTraining.run_round = timed_round
+    try:
+        jobs = Fleet(num_members).run([functools.partial(m.fit, dataset) for m in models])
+    finally:
+        FleetTraining.run_round = run_round  # type: ignore[method-assign]
+    for error in (job.error for job in jobs if job.error is not None):
+        raise error
+    return num_members * float(models[0].fit_report_["samples"]) / rounds[-1]
+
+
 def check_gather(report: Report, is_small: bool) -> None:
     """Measure how fast the loader gathers batches of windows, beside a copy on the device."""
     values = torch.empty(1 << (22 if is_small else 30), device=DEVICE)
@@ -436,6 +485,7 @@ SECTIONS: dict[str, tuple[Section, int]] = {  # with the seconds that each may t
     "resume": (check_resume, 60),
     "memory": (check_memory, 15),
     "speed": (check_speed, 75),
+    "fleet": (check_fleet, 45),
     "gather": (check_gather, 15),
     "features": (check_features, 35),
     "tests": (run_gpu_tests, 70),

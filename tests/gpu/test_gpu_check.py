@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # Without those that start further processes.
-SECTIONS = ["machine", "networks", "twice", "speed", "gather", "features"]
+SECTIONS = ["machine", "networks", "twice", "speed", "fleet", "gather", "features"]
 
 
 @pytest.mark.slow
