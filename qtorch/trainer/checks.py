@@ -40,7 +40,6 @@ def check_task(task: Any, *, check_device: bool = True) -> None:
     task = translate_task(task, Notes())  # names of Qlib's are judged by what they are here
     check_config_trust(task)
     with _without_warnings():  # they are repeated when the task is carried out
-        task = translate_task(task)
         _check_reweighter(task.get("reweighter"))
         _check_seed(task.get("seed"))
         _check_names(task["model"])

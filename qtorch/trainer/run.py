@@ -92,7 +92,7 @@ def task_train(
     `qtorch.trainer.run`); arguments take precedence. `on_fitted(recorder, inputs)` is called after
     the training and before the records.
     """
-    bare_task, tracking = _split_task(task_config)
+    bare_task, tracking = split_tracking(task_config)
     if check_first:
         check_task(bare_task)
     complete = complete_task(bare_task)
@@ -129,7 +129,7 @@ def begin_task_train(
     recorder_name: str | None = None,
 ) -> Recorder:
     """First phase of training: create a SCHEDULED run that contains the task."""
-    bare_task, tracking = _split_task(task_config)
+    bare_task, tracking = split_tracking(task_config)
     check_task(bare_task, check_device=False)  # the second phase may be on another machine
     complete = complete_task(bare_task)
     with _tracking_store(None, tracking):
@@ -464,13 +464,6 @@ def split_tracking(task: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
             subject = f"key of a task's {TRACKING_KEY!r}"
             raise ConfigError(unknown_name_message(subject, str(key), TRACKING_FIELDS))
     return {k: v for k, v in task.items() if k != TRACKING_KEY}, tracking
-
-
-def _split_task(task: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """Return the task in our names, without `tracking`, and `tracking`."""
-    bare_task, tracking = split_tracking(task)
-    is_task = isinstance(bare_task, Mapping)  # `complete_task` refuses what is none
-    return translate_task(resolve_config(bare_task)) if is_task else bare_task, tracking
 
 
 def loggable_task(task: Mapping[str, Any]) -> dict[str, Any]:
