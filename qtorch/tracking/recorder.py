@@ -393,18 +393,6 @@ class Recorder:
         except (TrackingError, OSError) as error:
             log.warning("could not save the log of run %s: %s", self.id, error)
 
-    def _send_log(self) -> None:
-        """Send the log so far, now and then: a process that is killed cannot send it."""
-        run_log, sender = self._run_log, self._sender
-        if run_log is None or sender is None or self._files.root is not None:
-            return
-        # If the store is away, its outbox needs no further copies.
-        if self.owner == os.getpid() and not sender.has_files and run_log.needs_upload():
-            try:
-                sender.enqueue_file(run_log.path, None)
-            except OSError as error:
-                log.debug("could not send the log of run %s: %s", self.id, error)
-
     def _attempt_name(self, name: str) -> str:
         """Return a file's name in this attempt at the run; a resumed run keeps the earlier ones."""
         return name if self._attempt == 1 else f"attempt_{self._attempt}_{name}"
@@ -457,7 +445,6 @@ class Recorder:
                     warn_once(f"metric {key!r} is {value} at step {new_step} of run {self.id}")
                 entries.append({"metric": key, "value": value, "time": time, "step": new_step})
         self._send(entries)
-        self._send_log()
 
     def rename(self, name: str) -> None:
         """Give the run another name."""

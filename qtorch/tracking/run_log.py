@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 from qtorch.core.runtime import RedactingFormatter
 
 RUN_LOG = "run.log"
-SEND_SECONDS = 60.0  # between two uploads of the log of a run that is still active
 
 
 class RunLog(logging.FileHandler):
@@ -29,7 +27,6 @@ class RunLog(logging.FileHandler):
         super().__init__(path, encoding="utf-8", delay=True)
         self.path, self.error = path, ""
         self._concerns_run = concerns_run
-        self._next_upload, self._uploaded_size = 0.0, 0
         self.setLevel(logging.INFO)
         self.setFormatter(
             RedactingFormatter("%(asctime)s %(levelname).1s %(message)s", "%Y-%m-%d %H:%M:%S")
@@ -57,17 +54,6 @@ class RunLog(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # logging's name
         """Keep the reason why a record could not be written, instead of printing a traceback."""
         self.error = str(sys.exc_info()[1])
-
-    def needs_upload(self) -> bool:
-        """Whether there are new lines, and the last upload was SEND_SECONDS ago."""
-        now = time.monotonic()
-        if now < self._next_upload or not self.path.exists():
-            return False
-        size = self.path.stat().st_size
-        if size == self._uploaded_size:
-            return False
-        self._next_upload, self._uploaded_size = now + SEND_SECONDS, size
-        return True
 
     def finish(self) -> Path | None:
         """Stop collecting; return the file, or None if nothing was logged."""

@@ -494,7 +494,7 @@ def check_arguments(options: TrainerOptions, *, check_device: bool) -> None:
     arguments |= {"accelerator": "cpu" if is_cpu else arguments.get("accelerator", "auto")}
     arguments |= {"devices": 1, "max_epochs": options.max_epochs, "logger": False}
     arguments |= {"enable_checkpointing": False, "enable_progress_bar": False}
-    arguments |= {"enable_model_summary": False}
+    arguments |= {"enable_model_summary": False, "plugins": _plugins(None, None)}
     try:
         pl.Trainer(**arguments)
     except LIGHTNING_ERRORS as error:
