@@ -377,7 +377,7 @@ def fleet_speed(
     rounds = []
     run_round = FleetTraining.run_round
 
-    def timed_round(self: FleetTraining, is_stop_requested: Callable[[], bool]) -> bool:
+    def measure_round(self: FleetTraining, is_stop_requested: Callable[[], bool]) -> bool:
         synchronize()
         begin = time.perf_counter()
         is_complete = run_round(self, is_stop_requested)
@@ -388,7 +388,7 @@ def fleet_speed(
     if not is_fleet:
         models[0].fit(dataset)
         return float(models[0].fit_report_["samples_per_second"])
-    FleetTraining.run_round = timed_round
+    FleetTraining.run_round = measure_round
     try:
         jobs = Fleet(num_members).run([functools.partial(m.fit, dataset) for m in models])
     finally:
