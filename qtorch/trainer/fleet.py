@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 
 from qtorch.model.fleet.fleet import Fleet
 from qtorch.tracking.recorder import Recorder
 from qtorch.trainer.run import task_train
-from qtorch.trainer.trainers import Task, TrainerR, TrainFunction, as_list, log_failures
+from qtorch.trainer.trainers import TrainerR, TrainFunction
 
 
 class FleetTrainer(TrainerR):
@@ -35,29 +34,9 @@ class FleetTrainer(TrainerR):
         super().__init__(experiment_name, train_func, default_rec_name=default_rec_name)
         self.max_members = max_members
 
-    def train(
-        self,
-        tasks: Task | Sequence[Task],
-        train_func: TrainFunction | None = None,
-        experiment_name: str | None = None,
-    ) -> list[Recorder]:
-        """Train all tasks; return the recorders in task order, failed ones with status FAILED."""
-        name = experiment_name or self.experiment_name
-        function = train_func or self.train_func
-        jobs = Fleet(self.max_members).run(
-            [
-                partial(self._run, function, task, name, recorder_name=self.default_rec_name)
-                for task in as_list(tasks, Mapping)
-            ]
-        )
-        recorders: list[Recorder] = []
-        for job in jobs:
+    def _run_all(self, runs: Sequence[Callable[[], Recorder]]) -> Iterator[Recorder]:
+        for job in Fleet(self.max_members).run(runs):
             if job.error is not None:
                 raise job.error
             assert job.result is not None
-            recorder = job.result
-            if recorder.status != Recorder.STATUS_FA:
-                recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN})
-            recorders.append(recorder)
-        log_failures(recorders)
-        return recorders
+            yield job.result

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from qtorch.core.errors import TrackingError
@@ -97,14 +98,22 @@ class TrainerR(Trainer):
         """Train all tasks; return the recorders in task order, failed ones with status FAILED."""
         name = experiment_name or self.experiment_name
         function = train_func or self.train_func
+        runs = [
+            partial(self._run, function, task, name, recorder_name=self.default_rec_name)
+            for task in as_list(tasks, Mapping)
+        ]
         recorders = []
-        for task in progress(as_list(tasks, Mapping), "train tasks"):
-            recorder = self._run(function, task, name, recorder_name=self.default_rec_name)
+        for recorder in self._run_all(runs):
             if recorder.status != Recorder.STATUS_FA:
                 recorder.set_tags(**{self.STATUS_KEY: self.STATUS_BEGIN})
             recorders.append(recorder)
         log_failures(recorders)
         return recorders
+
+    def _run_all(self, runs: Sequence[Callable[[], Recorder]]) -> Iterator[Recorder]:
+        """Train each task by its function, and yield the recorders in order."""
+        for run in progress(runs, "train tasks"):
+            yield run()
 
     def end_train(self, models: Recorder | Sequence[Recorder]) -> list[Recorder]:
         """Mark the runs as ended; failed runs stay unchanged."""

@@ -19,7 +19,7 @@ from qtorch.model import BaseModel, LightningModel, Model, ModelFT
 from qtorch.model.loop.callbacks import BatchProgressBar
 from qtorch.model.loop.options import (
     DEFAULT_INNER_STEPS,
-    WATCHED_INNER_STEPS,
+    FREQUENT_INNER_STEPS,
     resolve_inner_steps,
     trainer_options,
 )
@@ -131,11 +131,11 @@ def test_training_steps_have_fewer_batches_where_progress_is_shown() -> None:
         resolve_inner_steps("auto", trainer_options({"enable_progress_bar": shows}, ()), 1000)
         for shows in (False, True)
     ]
-    assert numbers == [DEFAULT_INNER_STEPS, WATCHED_INNER_STEPS]
+    assert numbers == [DEFAULT_INNER_STEPS, FREQUENT_INNER_STEPS]
     options = trainer_options({"enable_progress_bar": False}, ())
-    assert resolve_inner_steps("auto", options, 1000, num_ranks=2) == WATCHED_INNER_STEPS
+    assert resolve_inner_steps("auto", options, 1000, num_ranks=2) == FREQUENT_INNER_STEPS
     with listen(lambda stage, details: None):
-        assert resolve_inner_steps("auto", options, 1000) == WATCHED_INNER_STEPS
+        assert resolve_inner_steps("auto", options, 1000) == FREQUENT_INNER_STEPS
 
 
 def test_progress_bar_counts_batches(dataset: ToyDataset, monkeypatch) -> None:

@@ -90,7 +90,7 @@ def _adapt_class(entry: Entry, target: type) -> type:
             )
         super(adapted, cls).__init_subclass__(**options)
 
-    adapted: Any = None
+    adapted: Any = None  # the class, which its own methods refer to
     content: dict[str, Any] = {
         "__module__": target.__module__,
         "__qualname__": target.__qualname__,
@@ -98,4 +98,5 @@ def _adapt_class(entry: Entry, target: type) -> type:
         "__init_subclass__": classmethod(refuse_subclass),
     }
     adapted = Translating(entry.title, (target,), content)
-    return adapted  # type: ignore[no-any-return]
+    result: type = adapted
+    return result

@@ -55,7 +55,12 @@ class Batch:
     def tensors(self) -> list[Tensor]:
         """Return all tensors of the batch, in an order of their own."""
         tensors: list[Tensor] = []
-        self.map_tensors(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+
+        def collect(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        self.map_tensors(collect)
         return tensors
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:

@@ -338,8 +338,8 @@ def _quantile_kernel(executor: GroupExecutor, members: Sequence[int]) -> list[Gr
     return [GroupResult(stack, offsets)]
 
 
-def _level(step: object) -> float:
-    return float(step.constants[1]) if step.operator == "Quantile" else 0.5  # type: ignore[attr-defined]
+def _level(step: Any) -> float:
+    return float(step.constants[1]) if step.operator == "Quantile" else 0.5
 
 
 # -- fields and other rows -------------------------------------------------------------------------

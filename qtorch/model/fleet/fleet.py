@@ -23,7 +23,7 @@ from qtorch.model.devices.numerics import describe_numerics, numerical_settings
 from qtorch.model.fit import checkpoint_folder, hold_folder
 from qtorch.model.fleet.checkpoint import has_member_checkpoint, load_member, save_member
 from qtorch.model.fleet.jobs import Job
-from qtorch.model.fleet.member import Member, architecture_key, find_refusal
+from qtorch.model.fleet.member import Member, find_refusal
 from qtorch.model.fleet.training import FleetTraining
 from qtorch.model.loop.checkpoint import LAST, preserve_generators
 from qtorch.model.loop.curves import NamedCurves, name_curves
@@ -201,7 +201,7 @@ class Fleet:
 
     def _train_group(self) -> None:
         """Train all members of the first waiting job's architecture."""
-        key = architecture_key(self._parked[0].request)
+        key = self._parked[0].request.key
         first: Member = self._parked[0].request
         recipe = first.inputs.recipe
         with (
@@ -231,7 +231,7 @@ class Fleet:
 
     def _find_limit(self, key: Any) -> None:
         """Find how many members fit into the memory of a GPU, from a step of one and of two."""
-        members = [j.request for j in self._parked if architecture_key(j.request) == key]
+        members = [j.request for j in self._parked if j.request.key == key]
         device = members[0].inputs.device
         if self.max_members is not None or device.type != "cuda" or len(members) < 2:
             return
@@ -242,7 +242,7 @@ class Fleet:
 
     def _enter(self, training: FleetTraining, key: Any, jobs: dict[int, Job[Any]]) -> None:
         """Let waiting members of the same architecture take the free places."""
-        waiting = [j for j in self._parked if architecture_key(j.request) == key]
+        waiting = [j for j in self._parked if j.request.key == key]
         newcomers = waiting[: self._limit - len(training.members)]
         for job in newcomers:
             self._parked.remove(job)

@@ -104,11 +104,6 @@ def _build_template(recipe: Recipe, network: nn.Module) -> Optimizer:
     return optimizer
 
 
-def architecture_key(member: Member) -> tuple[Any, ...]:
-    """Return what the members of one fleet must have in common."""
-    return member.key
-
-
 def _architecture_key(
     inputs: FitInputs, network: nn.Module, template: Optimizer
 ) -> tuple[Any, ...]:

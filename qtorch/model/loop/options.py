@@ -46,7 +46,7 @@ from qtorch.process.heartbeat import has_listeners
 
 DEFAULT_MAX_EPOCHS = 100
 DEFAULT_INNER_STEPS = 64
-WATCHED_INNER_STEPS = 16  # where progress is shown, or ranks agree to stop between training steps
+FREQUENT_INNER_STEPS = 16  # for a progress bar, or ranks that agree on a stop between steps
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 FORKING_STRATEGIES = ("spawn", "fork", "notebook")
 # A callback with these hooks sees each batch only if a training step has a single batch.
@@ -337,7 +337,7 @@ def resolve_inner_steps(
     )
     if inner_steps == "auto":
         is_watched = num_ranks > 1 or options.shows_progress_bar or has_listeners()
-        limit = WATCHED_INNER_STEPS if is_watched else DEFAULT_INNER_STEPS
+        limit = FREQUENT_INNER_STEPS if is_watched else DEFAULT_INNER_STEPS
         return 1 if needs_single_batches else max(1, min(limit, num_batches))
     if not isinstance(inner_steps, int) or isinstance(inner_steps, bool) or inner_steps < 1:
         raise ConfigError(
