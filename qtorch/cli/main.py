@@ -111,7 +111,10 @@ def _add_working_folder() -> None:
 
 def _dispatch(name: str, argv: Sequence[str]) -> int:
     """Import the command's module and run it, or show its help."""
-    module = importlib.import_module(COMMANDS[name][0])
+    from qtorch.core.runtime import quick_imports
+
+    with quick_imports():
+        module = importlib.import_module(COMMANDS[name][0])
     usage = getattr(module, "USAGE", None)  # None for `train`, whose help comes from Hydra
     asks_for_help = any(a in HELP_OPTIONS for a in argv)
     if usage is not None and (asks_for_help or (not argv and name in ACTION_COMMANDS)):

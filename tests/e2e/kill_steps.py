@@ -15,6 +15,7 @@ also trained without kills. Prints JSON: `{"rounds": [{"whole": id, "killed": id
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -136,6 +137,7 @@ def prepare_process(devices: int) -> None:
         from forked_ranks import fork_ranks_in_place
 
         fork_ranks_in_place(rank_children)
+    gc.freeze()  # garbage collections in the children would copy all memory pages
 
 
 rank_children: list[Child] = []  # this process's ranks

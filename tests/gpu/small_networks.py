@@ -19,7 +19,7 @@ from qtorch.model.loop.module import ScoreModule
 NOT_NETWORKS = {"lightning", "lightgbm", "linear", "xgboost", "catboost", "double_ensemble"}
 FLAT_NETWORKS = {"mlp", "tabnet"}
 STEP_LEN = {"master": 8, "stockmixer": 16}
-NUM_DAYS = 40
+NUM_DAYS = 26
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "adarnn": {"module": {"pre_epoch": 1}},
     "tabnet": {"module": {"pretrain_epochs": 1}, "network": {"vbs": 50}},

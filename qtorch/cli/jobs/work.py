@@ -214,7 +214,7 @@ def is_isolated(mode: Any, launcher: str, *, sweep: bool) -> bool:
 
 def job_fork_server() -> ForkServer:
     """Return the fork server of this process's jobs."""
-    return fork_server(__name__, TRAINING_PRELOAD)
+    return fork_server(TRAINING_PRELOAD, __name__)
 
 
 def execute_job_in_child(
