@@ -43,10 +43,10 @@ def test_commands_import_quickly(monkeypatch, capsys):
 
     from qtorch.cli.main import main
 
-    seen = []
+    enabled_states = []
     monkeypatch.setattr(
-        "qtorch.cli.main.importlib.import_module", lambda name: seen.append(gc.isenabled())
+        "qtorch.cli.main.importlib.import_module", lambda name: enabled_states.append(gc.isenabled())
     )
     main(["runs"])
-    assert seen == [False]
+    assert enabled_states == [False]
     assert gc.isenabled()
