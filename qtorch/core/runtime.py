@@ -42,8 +42,8 @@ def quick_imports() -> Iterator[None]:
     """Import modules in this block without garbage collections, and leave them out of later ones.
 
     Imports make a million objects that live as long as the process. Looking through them again and
-    again takes a third of the time of a short command. Objects that exist at the end of a block with
-    imports are still freed when nothing refers to them, except for cycles among them.
+    again takes a third of the time of a short command. Objects that exist at the end of a block
+    with imports are still freed when nothing refers to them, except for cycles among them.
     """
     was_enabled, num_modules = gc.isenabled(), len(sys.modules)
     gc.disable()

@@ -45,7 +45,8 @@ def test_commands_import_quickly(monkeypatch, capsys):
 
     enabled_states = []
     monkeypatch.setattr(
-        "qtorch.cli.main.importlib.import_module", lambda name: enabled_states.append(gc.isenabled())
+        "qtorch.cli.main.importlib.import_module",
+        lambda name: enabled_states.append(gc.isenabled()),
     )
     main(["runs"])
     assert enabled_states == [False]

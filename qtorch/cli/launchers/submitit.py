@@ -21,6 +21,7 @@ from hydra.plugins.launcher import Launcher
 from qtorch.cli.guard import error_line
 from qtorch.cli.launchers.base import Jobs, UnfinishedJobsMixin
 from qtorch.cli.launchers.kinds import DetachedLauncher
+from qtorch.cli.launchers.quick_start import QuickStart
 from qtorch.cli.launchers.slurm import SlurmError, has_ended, query_job
 from qtorch.core.errors import ConfigError
 from qtorch.core.runtime import gpu_share_variables
@@ -109,7 +110,7 @@ else:
                 (overrides, "hydra.sweep.dir", number, f"job_id_for_{number}", state)
                 for number, overrides in jobs.items()
             ]
-            return executor.map_array(self, *zip(*arguments, strict=True))
+            return executor.map_array(QuickStart(self), *zip(*arguments, strict=True))
 
         def _job_return(self: Any, number: int, overrides: list[str], job: Any) -> JobReturn:
             """Wait for a job and return its JobReturn; never raises an error."""
