@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -108,25 +106,18 @@ def test_benchmarks_run_end_to_end_and_the_same_job_runs_as_an_experiment(tmp_pa
 
 
 @pytest.mark.slow
-def test_a_sweep_of_a_workflow_is_resumed_from_its_store(tmp_path):
+@pytest.mark.usefixtures("session_fork_server")
+def test_a_sweep_of_a_workflow_is_resumed_from_its_store(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
     market = workflows.write_market(tmp_path, num_instruments=12)
     path = next(p for p in workflows.write_workflows(tmp_path, market) if "Linear" in p.name)
     words = [*workflows.short_overrides(path.stem), "task.model.kwargs.estimator=ridge,lasso"]
     words += ["+task.model.kwargs.alpha=0.1", "sweep.name=estimators"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "qtorch", *arguments]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-        )
-
-    process = run("run", "-m", str(path), *words)
-    assert process.returncode == 0, process.stderr[-3000:]
+    assert main(["run", "-m", str(path), *words]) == 0
     path.unlink()
-    resumed = run("sweep", "resume", "estimators")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert resumed.stderr.count("already finished") == 2
-    refused = run("run", str(path))
-    assert refused.returncode == 1
-    assert "there is no workflow file" in refused.stderr
+    capfd.readouterr()
+    assert main(["sweep", "resume", "estimators"]) == 0
+    assert capfd.readouterr().err.count("already finished") == 2
+    assert main(["run", str(path)]) == 1
+    assert "there is no workflow file" in capfd.readouterr().err
