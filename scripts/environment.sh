@@ -1,6 +1,7 @@
 # Sourced by the other scripts.
-#   make_environment FOLDER EXTRAS   create a virtual environment with qtorch (once)
-#   make_qlib_environment FOLDER     create one with qtorch and real Qlib, for comparisons (once)
+#   make_environment FOLDER EXTRAS      create a virtual environment with qtorch (once)
+#   make_qlib_environment FOLDER BASE   create one with real Qlib, for comparisons (once); it uses the
+#                                       packages of the environment BASE, which has the extra "dev"
 # Both use the tested versions of constraints.txt. The stamp is written last, so the next call
 # continues an interrupted installation.
 
@@ -28,18 +29,22 @@ make_environment() {
 }
 
 make_qlib_environment() {
-    local folder=$1
-    if ! has_qlib_environment "$folder"; then
+    local folder=$1 base=$2
+    if ! has_qlib_environment "$folder" "$base"; then
         rm -rf "$folder"
         # pyqlib's source distribution would need a compiler.
-        # pyqlib does not require the libraries of its XGBoost and CatBoost models.
-        create "$folder" "pyqlib $QLIB_VERSION" --only-binary=pyqlib "pyqlib==$QLIB_VERSION" \
-            xgboost-cpu catboost -e .
+        BASE=$base create "$folder" "$(qlib_content "$base")" --only-binary=pyqlib \
+            "pyqlib==$QLIB_VERSION"
     fi
 }
 
+# has_qlib_environment FOLDER BASE
 has_qlib_environment() {
-    is_complete "$1" "pyqlib $QLIB_VERSION"
+    is_complete "$1" "$(qlib_content "$2")"
+}
+
+qlib_content() {
+    echo "pyqlib $QLIB_VERSION in addition to $(cd "$1" 2>/dev/null && pwd)"
 }
 
 # is_complete FOLDER CONTENT: whether the environment was made with these files and this content
@@ -51,7 +56,8 @@ print_stamp() {
     echo "$(cat pyproject.toml constraints.txt scripts/environment.sh | cksum)$1"
 }
 
-# create FOLDER CONTENT ARGUMENTS...: create an environment and run `pip install ARGUMENTS` in it
+# create FOLDER CONTENT ARGUMENTS...: create an environment and run `pip install ARGUMENTS` in it.
+# BASE is the folder of another environment whose packages it uses too.
 create() {
     local folder=$1 content=$2 python options=(--quiet --disable-pip-version-check)
     shift 2
@@ -60,6 +66,10 @@ create() {
         echo "python's venv module is missing; on Debian: apt-get install python3-venv" >&2
         return 1
     }
+    if [ -n "${BASE:-}" ]; then
+        "$BASE/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+            >"$(echo "$folder"/lib/python*/site-packages)/base.pth" || return 1
+    fi
     # Modules are compiled when they are first imported; compiling all of them takes minutes.
     [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || options+=(--no-compile)
     # Install torch alone first: with a pinned version, pip takes it from the configured index.

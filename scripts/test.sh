@@ -20,17 +20,17 @@ trap stop EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
+make_environment .venv-test "[dev]"
 if [ -n "${QTORCH_QLIB_PYTHON:-}" ]; then
     : # the caller's choice
 elif [ $# = 0 ]; then
     set -m
-    make_qlib_environment .venv-qlib </dev/null >"$output/qlib" 2>&1 &
+    make_qlib_environment .venv-qlib .venv-test </dev/null >"$output/qlib" 2>&1 &
     set +m
     qlib=$!
-elif has_qlib_environment .venv-qlib; then
+elif has_qlib_environment .venv-qlib .venv-test; then
     export QTORCH_QLIB_PYTHON=$PWD/.venv-qlib/bin/python
 fi
-make_environment .venv-test "[dev]"
 
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 # two threads that compete for a core are slower than one
 export MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true MPLBACKEND=Agg
@@ -39,6 +39,7 @@ bin=$PWD/.venv-test/bin
 "$bin/ruff" format --check .
 "$bin/mypy" >"$output/types" 2>&1 & # runs for over a minute on one core, in parallel with the tests
 mypy=$!
+"$bin/python" -c 'import qtorch.trainer.preload' # else every test process compiles its modules
 if [ -n "$qlib" ]; then
     if wait "$qlib"; then
         export QTORCH_QLIB_PYTHON=$PWD/.venv-qlib/bin/python
