@@ -26,9 +26,9 @@ def daily_rank_ic(runs, status="FINISHED"):
 def test_default_lstm_finds_half_of_the_planted_signal(qtorch_cli, runs):
     scores, threshold = [], 0.0
     for seed in range(3):
-        # Half an epoch is enough to find the signal; more would only take longer.
+        # A quarter of an epoch is enough to find the signal; more would only take longer.
         result = qtorch_cli(
-            "train", f"seed={seed}", "trainer.max_epochs=1", "+trainer.limit_train_batches=0.5",
+            "train", f"seed={seed}", "trainer.max_epochs=1", "+trainer.limit_train_batches=0.25",
             "log_level=WARNING",
         )  # fmt: skip
         assert result.code == 0, result.err

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from qtorch.core.errors import ConfigError, DataError, NotFittedError
-from qtorch.data.panel.columns import PanelColumns, instrument_major
+from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.panel.panel import Panel
 from qtorch.data.panel.view import View
 from qtorch.data.processor import MinMaxNorm, RobustZScoreNorm, ZScoreNorm
@@ -140,16 +138,3 @@ def test_statistics_are_matched_by_column_name(view) -> None:
     pd.testing.assert_frame_equal(
         processor(narrow).frame()["feature"], processor(view).frame()["feature"][["z", "x"]]
     )
-
-
-@pytest.mark.slow
-def test_158_columns_of_a_market_are_fitted_in_seconds() -> None:
-    d, n, f = 1760, 500, 158
-    values = instrument_major(d, n, f).normal_()
-    panel = Panel(values, pd.bdate_range("2008-01-01", periods=d), list(map(str, range(n))), [
-        f"c{k}" for k in range(f)
-    ])  # fmt: skip
-    view = View({"feature": PanelColumns(panel)}, panel.mask, panel.mask)
-    start = time.perf_counter()
-    RobustZScoreNorm().fit(view)
-    assert time.perf_counter() - start < 15  # 2 s on an idle core
