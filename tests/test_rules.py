@@ -471,6 +471,7 @@ def test_networks_models_and_records_are_given_their_recorder():
 GLOBALS = {
     "qtorch/core/session.py": {"_process"},  # what `qtorch.init` sets
     "qtorch/process/heartbeat.py": {"_listeners", "_next_report"},
+    "qtorch/process/server_memory.py": {"_is_server"},  # False in the server's children
     "qtorch/tracking/mlflow_store.py": {"_stores_lock"},
 }
 

@@ -59,7 +59,7 @@ class ForkServer(forkserver.ForkServer):
 
     def __init__(self, *modules: str) -> None:
         super().__init__()
-        self.set_forkserver_preload(list(modules))
+        self.set_forkserver_preload(["qtorch.process.server_memory", *modules])
         # Whether this process waits for a call: the signal handler of a sweep interrupts the main
         # thread only outside of calls, which see by themselves that the sweep is stopped.
         self.is_calling = False

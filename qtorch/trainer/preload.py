@@ -6,8 +6,6 @@ import logging
 import sys
 from importlib import import_module
 
-from qtorch.core.runtime import quick_imports
-
 log = logging.getLogger(__name__)
 
 MODULES = (
@@ -41,12 +39,11 @@ MODULES = (
 
 def import_modules() -> None:
     """Import the modules, except those that fail; their memory pages are then shared."""
-    with quick_imports():  # garbage collection in the children then does not copy the shared pages
-        for name in MODULES:
-            try:
-                import_module(name)
-            except Exception as error:  # not installed, or not in this version of the library
-                log.debug("cannot import %s: %s", name, error)
+    for name in MODULES:
+        try:
+            import_module(name)
+        except Exception as error:  # not installed, or not in this version of the library
+            log.debug("cannot import %s: %s", name, error)
     torch = sys.modules.get("torch")
     # A forked child cannot use CUDA if its parent has a CUDA context.
     assert torch is None or not torch.cuda.is_initialized()

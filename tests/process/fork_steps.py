@@ -29,6 +29,18 @@ def describe(request, parent):
     return 3
 
 
+def describe_memory(request, parent):
+    """Report whether garbage is collected, here and in a process forked from here."""
+    import gc
+
+    report = {"enabled": gc.isenabled(), "frozen": gc.get_freeze_count()}
+    gc.disable()
+    if os.fork() == 0:
+        parent.send({**report, "enabled below": gc.isenabled()})
+        os._exit(0)
+    os.wait()
+
+
 def remember(request, parent):
     """Set a value in memory that a later child must not see."""
     import torch

@@ -157,6 +157,18 @@ def test_child_that_is_killed_before_its_start_never_starts(tmp_path):
     server.close()
 
 
+def test_imports_of_the_server_are_left_out_of_garbage_collections():
+    server, messages = ForkServer("decimal"), []
+    try:
+        assert server.call("fork_steps.describe_memory", {}, messages.append).code == 0
+    finally:
+        server.close()
+    (report,) = messages
+    assert report["enabled"]
+    assert not report["enabled below"]
+    assert report["frozen"] > 1000
+
+
 def test_error_of_the_function_is_reported_as_exit_code(server, capfd):
     assert server.call("fork_steps.no_such_function", {}).code == 1
     assert "no_such_function" in capfd.readouterr().err
