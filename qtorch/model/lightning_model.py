@@ -31,6 +31,7 @@ from qtorch.model.finetune import (
     StatisticsMode,
     apply_statistics,
     check_initial_run,
+    check_weights_file,
     get_statistics,
     weights_digest,
 )
@@ -281,7 +282,8 @@ class LightningModel(ModelFT):
     def check_settings(self, *, check_device: bool = True) -> None:
         """Raise ConfigError for settings that no training can use, before there are data.
 
-        `check_device`: the trainer's accelerator and devices are those of this machine.
+        `check_device`: this machine is the one that trains, so that it must have the trainer's
+        accelerator and devices, and the file of `init_from`.
         """
         options = trainer_options(self.trainer, self.callbacks)
         check_validation(self.early_stop, self.monitor, options)
@@ -290,6 +292,7 @@ class LightningModel(ModelFT):
         self._check_counts()
         if check_device:
             trainer_device(options)
+            check_weights_file(self.init_from)
         with quiet_lightning(), numerical_settings(options, None):
             check_arguments(options, check_device=check_device)
         if is_lightning_module(self.network):
