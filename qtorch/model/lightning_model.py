@@ -36,7 +36,8 @@ from qtorch.model.finetune import (
     weights_digest,
 )
 from qtorch.model.fit import fit_network
-from qtorch.model.fleet.fleet import current_fleet, fit_as_member
+from qtorch.model.fleet.current import current_fleet
+from qtorch.model.fleet.fleet import fit_as_member
 from qtorch.model.input_schema import (
     InputSchema,
     check_cross_section,

@@ -6,7 +6,7 @@ import logging
 import sys
 from importlib import import_module
 
-from qtorch.core.runtime import quick_imports
+from qtorch.core.lazy import quick_imports
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ MODULES = (
 
 def import_modules() -> None:
     """Import the modules, except those that fail; their memory pages are then shared."""
-    with quick_imports():  # garbage collection in the children then does not copy the shared pages
+    # Garbage collections in the children then do not copy the shared pages.
+    with quick_imports(freeze=True):
         for name in MODULES:
             try:
                 import_module(name)
