@@ -111,9 +111,9 @@ def _add_working_folder() -> None:
 
 def _dispatch(name: str, argv: Sequence[str]) -> int:
     """Import the command's module and run it, or show its help."""
-    from qtorch.core.runtime import quick_imports
+    from qtorch.core.lazy import quick_imports
 
-    with quick_imports():
+    with quick_imports(freeze=True):
         module = importlib.import_module(COMMANDS[name][0])
     usage = getattr(module, "USAGE", None)  # None for `train`, whose help comes from Hydra
     asks_for_help = any(a in HELP_OPTIONS for a in argv)

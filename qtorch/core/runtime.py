@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import random
@@ -35,25 +34,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries use numpy's global generator
     torch.manual_seed(seed)
-
-
-@contextmanager
-def quick_imports() -> Iterator[None]:
-    """Import modules in this block without garbage collections, and leave them out of later ones.
-
-    Imports make a million objects that live as long as the process. Looking through them again and
-    again takes a third of the time of a short command. Objects that exist at the end of a block
-    with imports are still freed when nothing refers to them, except for cycles among them.
-    """
-    was_enabled, num_modules = gc.isenabled(), len(sys.modules)
-    gc.disable()
-    try:
-        yield
-    finally:
-        if len(sys.modules) > num_modules:
-            gc.freeze()
-        if was_enabled:
-            gc.enable()
 
 
 def resolve_device(device: str | int | torch.device = "auto") -> torch.device:

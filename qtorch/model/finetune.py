@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pytorch_lightning as pl
@@ -279,6 +280,23 @@ def check_initial_run(init_from: Any) -> None:
         raise ConfigError(f"init_from is {init_from!r}; {EXPECTED_FORMAT}.")
 
 
+def check_weights_file(init_from: str | None) -> None:
+    """Raise ConfigError if `init_from` names a file that this machine does not have."""
+    if init_from is not None and init_from.startswith(FILE_PREFIX):
+        _find_weights_file(init_from.removeprefix(FILE_PREFIX))
+
+
+def _find_weights_file(path: str) -> Path:
+    file = resolve_path(path)
+    if not file.is_file():
+        raise ConfigError(
+            f"init_from='file:{path}': there is no file {file}. Correct the path (a relative one "
+            "starts in the folder of the command), or leave init_from out to start from random "
+            "weights."
+        )
+    return file
+
+
 @dataclass
 class InitialWeights:
     """The weights of an earlier run or of a file, which initialize another network.
@@ -369,14 +387,12 @@ def load_weights_file(path: str) -> dict[str, Tensor]:
 
     Raises ConfigError, which says what was expected, for anything else.
     """
-    file = resolve_path(path)
+    file = _find_weights_file(path)
     try:
         if file.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(file)
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ConfigError(f"init_from='file:{path}': there is no file {file}.") from error
     except Exception as error:  # torch and safetensors raise errors of many kinds
         raise ConfigError(
             f"init_from='file:{path}': {type(error).__name__}: {str(error).partition(chr(10))[0]} "

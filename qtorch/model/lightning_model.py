@@ -31,11 +31,13 @@ from qtorch.model.finetune import (
     StatisticsMode,
     apply_statistics,
     check_initial_run,
+    check_weights_file,
     get_statistics,
     weights_digest,
 )
 from qtorch.model.fit import fit_network
-from qtorch.model.fleet.fleet import current_fleet, fit_as_member
+from qtorch.model.fleet.current import current_fleet
+from qtorch.model.fleet.fleet import fit_as_member
 from qtorch.model.input_schema import (
     InputSchema,
     check_cross_section,
@@ -209,10 +211,16 @@ class LightningModel(ModelFT):
         *,
         recorder: Recorder | None = None,
         resume: str | Path | None = "auto",
+        evals_result: dict[str, Any] | None = None,
     ) -> None:
         """Train on the segments "train" and "valid" and keep the weights of the best epoch.
 
         Metrics are logged to the recorder once an epoch; checkpoints are saved in its run.
+        `evals_result` gets the lists "train" and "valid" of a score per epoch, as by Qlib's
+        networks: the monitored metric, or the negative of one that is better if lower. The scores
+        of "train" are negative losses if the monitored metric is one of validation alone. (All
+        metrics are in `evals_result_`.)
+
         `resume="auto"` resumes from the run's last checkpoint if it belongs to the same training
         and otherwise starts from scratch; a path resumes from that checkpoint (ConfigError if it
         belongs to another training); None starts from scratch.
@@ -245,6 +253,9 @@ class LightningModel(ModelFT):
                 start=inputs.start,
             )
         inputs.store_result(result)
+        if evals_result is not None:
+            _, metric, mode = build_early_stopping(self.early_stop, self.monitor)
+            evals_result.update(_list_scores(self.evals_result_, metric, mode))
 
     def _prepare_fit(self, dataset: Any, reweighter: Any, run: Recorder | None) -> FitInputs:
         """Check the settings and the data of a fit, and return what it trains on."""
@@ -281,7 +292,8 @@ class LightningModel(ModelFT):
     def check_settings(self, *, check_device: bool = True) -> None:
         """Raise ConfigError for settings that no training can use, before there are data.
 
-        `check_device`: the trainer's accelerator and devices are those of this machine.
+        `check_device`: this machine is the one that trains, so that it must have the trainer's
+        accelerator and devices, and the file of `init_from`.
         """
         options = trainer_options(self.trainer, self.callbacks)
         check_validation(self.early_stop, self.monitor, options)
@@ -290,6 +302,7 @@ class LightningModel(ModelFT):
         self._check_counts()
         if check_device:
             trainer_device(options)
+            check_weights_file(self.init_from)
         with quiet_lightning(), numerical_settings(options, None):
             check_arguments(options, check_device=check_device)
         if is_lightning_module(self.network):
@@ -575,6 +588,24 @@ class LightningModel(ModelFT):
     def on_load(self, recorder: Recorder) -> None:
         """Remember the run that this model was loaded from; fine-tuning names it in its tags."""
         self._source_recorder = recorder
+
+
+def _list_scores(
+    curves: Mapping[str, Mapping[str, list[float]]], metric: str, mode: str
+) -> dict[str, list[float]]:
+    """Return the monitored metric of "train" and "valid" per epoch, so that higher is better.
+
+    Where a segment has no such metric, it is the loss.
+    """
+    name, sign = metric.removeprefix("valid/"), -1.0 if mode == "min" else 1.0
+    scores = {}
+    for segment in ("train", "valid"):
+        values = curves.get(segment, {})
+        if name in values:
+            scores[segment] = [sign * value for value in values[name]]
+        else:
+            scores[segment] = [-value for value in values.get("loss", [])]
+    return scores
 
 
 @contextmanager

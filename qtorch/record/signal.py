@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import pandas as pd
 
-from qtorch.core.errors import LoadObjectError, RecordError
+from qtorch.core.errors import ConfigError, LoadObjectError, RecordError
 from qtorch.core.session import get_region
 from qtorch.metrics.risk import periods_per_year
 from qtorch.metrics.signal import (
@@ -27,6 +27,8 @@ from qtorch.record.report.signal_charts import ic_chart
 from qtorch.tracking.recorder import Recorder
 
 log = logging.getLogger(__name__)
+
+Segments: TypeAlias = Sequence[str] | Mapping[str, str | slice]
 
 SCORE = "score"
 CHART = "ic.png"
@@ -78,8 +80,8 @@ def as_frame(scores: pd.Series | pd.DataFrame) -> pd.DataFrame:
     return scores.to_frame(SCORE) if isinstance(scores, pd.Series) else scores
 
 
-def raw_label(dataset: Any, segment: str = "test") -> pd.DataFrame:
-    """Return the label of a segment as loaded, before any processor.
+def raw_label(dataset: Any, segment: str | slice = "test") -> pd.DataFrame:
+    """Return the label of a segment, or of a slice of dates, as loaded, before any processor.
 
     Raises RecordError if the handler has dropped its raw data.
     """
@@ -87,7 +89,7 @@ def raw_label(dataset: Any, segment: str = "test") -> pd.DataFrame:
     try:
         if handler is not None and segments is not None:
             # Not `prepare`: a dataset of windows would return windows.
-            span = slice(*segments[segment])
+            span = segment if isinstance(segment, slice) else slice(*segments[segment])
             label = handler.fetch(span, col_set="label", data_key="raw")
         else:
             label = dataset.prepare(segment, col_set="label", data_key="raw")
@@ -220,8 +222,10 @@ def finite_metrics(metrics: dict[str, Any]) -> dict[str, float]:
 class SegmentICRecord(Record):
     """Logs `valid.IC`, `valid.Rank IC`, `test.ICIR`, ... against the raw label.
 
-    Predicts those of `segments` that the dataset has. `train` is not among the defaults because it
-    is the largest. The scores of the test segment are read from `pred.pkl` if the run has it.
+    `segments`: names of segments, of which those are predicted that the dataset has; or a mapping
+    of names of your own to a segment's name or a slice of dates. `train` is not among the defaults
+    because it is the largest. The scores of the test segment are read from `pred.pkl` if the run
+    has it. Corresponds to Qlib's MultiSegRecord, which logs no metrics.
     """
 
     def __init__(
@@ -229,7 +233,7 @@ class SegmentICRecord(Record):
         model: Any = None,
         dataset: Any = None,
         recorder: Recorder | None = None,
-        segments: Sequence[str] = ("valid", "test"),
+        segments: Segments = ("valid", "test"),
         label_col: int = 0,
     ) -> None:
         super().__init__(recorder)
@@ -238,19 +242,41 @@ class SegmentICRecord(Record):
         self.segments = segments
         self.label_col = label_col
 
-    def generate(self) -> dict[str, float]:
-        """Predict each segment; log and return the metrics."""
-        dataset_segments = getattr(self.dataset, "segments", {})
+    def generate(self, segments: Segments | None = None, save: bool = False) -> dict[str, float]:
+        """Predict each segment; log and return the metrics.
+
+        `segments` replaces those of the record. `save` stores `results-NAME.pkl` of each: a mapping
+        of "all-IC" and "all-Rank-IC" to Series by day, "mean-IC" and "mean-Rank-IC" to their means.
+        """
         metrics: dict[str, float] = {}
-        for segment in (s for s in self.segments if s in dataset_segments):
+        for name, segment in self._select(self.segments if segments is None else segments).items():
+            scores = self._scores(segment).iloc[:, 0]
             label = select_label(raw_label(self.dataset, segment), self.label_col)
-            ic, rank_ic = calc_ic(self._scores(segment).iloc[:, 0], label)
-            metrics |= {f"{segment}.{k}": v for k, v in ic_figures(ic, rank_ic).items()}
+            ic, rank_ic = calc_ic(scores, label)
+            figures = ic_figures(ic, rank_ic)
+            log.info("segment %s: %s", name, ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+            metrics |= {f"{name}.{k}": v for k, v in figures.items()}
+            if save:
+                results = {"all-IC": ic, "mean-IC": figures["IC"]}
+                results |= {"all-Rank-IC": rank_ic, "mean-Rank-IC": figures["Rank IC"]}
+                self.save(**{f"results-{name}.pkl": results})
         metrics = finite_metrics(metrics)
         self.recorder.log_batch(metrics, step=0)
         return metrics
 
-    def _scores(self, segment: str) -> Any:
+    def _select(self, segments: Segments) -> dict[str, str | slice]:
+        """Return the segments by name; of names alone, those that the dataset has."""
+        if isinstance(segments, Mapping):
+            return dict(segments)
+        if isinstance(segments, str):
+            raise ConfigError(
+                f"segments is {segments!r}; expected a list of names, or a mapping of names to "
+                f"segments: [{segments}]."
+            )
+        dataset_segments = getattr(self.dataset, "segments", {})
+        return {s: s for s in segments if s in dataset_segments}
+
+    def _scores(self, segment: str | slice) -> Any:
         if segment == "test":
             try:
                 return self.recorder.load_object("pred.pkl")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pandas as pd
 
 from qtorch.core.errors import ArgumentError, unknown_name_message
+from qtorch.core.lazy import quick_imports
 from qtorch.core.secrets import redact_urls
 from qtorch.tracking.experiment import Experiment, runs_table
 from qtorch.tracking.locations import default_uri, resolve_uri
@@ -86,7 +87,8 @@ class ExpManager:
         return Experiment(active.experiment_id, name, active.uri)
 
     def _store(self, uri: str | None = None) -> MLflowStore:
-        from qtorch.tracking.mlflow_store import open_store
+        with quick_imports():
+            from qtorch.tracking.mlflow_store import open_store
 
         return open_store(uri or self.uri)
 

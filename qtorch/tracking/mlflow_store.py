@@ -36,6 +36,7 @@ from mlflow.utils.rest_utils import http_request
 
 from qtorch.core.errors import TrackingError
 from qtorch.core.files import cache_folder, file_lock
+from qtorch.core.lazy import quick_imports
 from qtorch.core.secrets import redact_error, redact_urls
 from qtorch.tracking.locations import ARTIFACTS, find_artifacts, resolve_uri, sqlite_path
 from qtorch.tracking.mlflow_responses import check_responses
@@ -109,7 +110,8 @@ class MLflowStore:
         path = sqlite_path(self.uri)
         if path is not None:
             _ensure_sqlite_store(path)
-            return MlflowClient(tracking_uri=self.uri)
+            with quick_imports():  # MLflow imports its database store only now
+                return MlflowClient(tracking_uri=self.uri)
         # The first client that opens a server's new database migrates it, so take turns.
         name = sha256(redact_urls(self.uri).encode()).hexdigest()[:16]
         with file_lock(cache_folder() / f"open-{name}.lock"):

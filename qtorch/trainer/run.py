@@ -25,7 +25,7 @@ from qtorch.core.qlib.translation import keep_class_form, translate_task
 from qtorch.core.runtime import seed_everything
 from qtorch.core.secrets import complete_tree, has_mask, redact_tree
 from qtorch.core.session import Session, map_paths, resolve_path, session, session_context
-from qtorch.model.fleet.fleet import current_fleet
+from qtorch.model.fleet.current import current_fleet
 from qtorch.process.heartbeat import beat
 from qtorch.tracking.claims import hold_run
 from qtorch.tracking.delivery import send_outbox

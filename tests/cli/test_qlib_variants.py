@@ -25,6 +25,8 @@ REFUSED = {
     "multi_frequency": r"cannot load a module from 'multi_freq_handler.py': no such file",
     "high_frequency_tree": r"task\.model: .*HFLGBModel is not available: .* the nearest is",
     "executor_of_minutes": r"executor: .*NestedExecutor is not available: .* the nearest is",
+    "hist_without_files": r"task\.model\.kwargs\.model_path: .*there is no file .*csi300.pkl",
+    "gats_with_weights": r"task\.model\.kwargs\.model_path: .*there is no file .*_lstm_ts.pkl",
     "temporal_fusion_transformer": r"task\.model: tft\.TFTModel is not available: .*TensorFlow",
 }
 
@@ -71,12 +73,14 @@ def test_a_variant_is_refused_in_one_line(name, message, market, tmp_path, monke
     assert "\n" not in str(error.value)
 
 
-def test_weights_of_a_file_are_warned_about_and_unknown_arguments_refused(market):
+def test_weights_are_those_of_a_file_and_unknown_arguments_refused(market, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "benchmarks" / "LSTM" / "csi300_lstm_ts.pkl"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"weights")
+    task = build("gats_with_weights", market)
+    assert task["model"]["init_from"] == f"file:{file}"
     workflow = variants.short_workflow("GATs-158-csi300", str(market))
-    variants.VARIANTS["gats_with_weights"][1](workflow)
-    notes = Notes()
-    translate(workflow, notes)
-    assert any("csi300_lstm_ts.pkl' of GATs is not loaded" in text for text in notes.warnings)
     workflow["task"]["model"]["kwargs"]["with_pretrained"] = True
     with pytest.raises(ConfigError, match="Did you mean 'with_pretrain'"):
         translate(workflow, Notes())

@@ -105,8 +105,6 @@ DIFFERENCES = {
     ("DataHandler.setup_data", "enable_cache"): "the cache is an argument of the handler",
     ("TSDataSampler", "*"): "a dataset builds it: `TSDatasetH.prepare(segment)`",
     ("Exchange", "quote_cls"): "quotes are arrays",
-    ("MultiSegRecord.generate", "segments"): "it is an argument of the record",
-    ("MultiSegRecord.generate", "save"): "the figures are metrics of the run",
     **{(f"{c}.{n}", "missing"): reason for c, names, reason in MISSING for n in names.split()},
 }
 

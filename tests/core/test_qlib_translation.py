@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -113,14 +114,31 @@ def test_a_file_of_weights_is_where_the_network_starts(tmp_path, monkeypatch, ca
     config = translate("pytorch_gats_ts.GATs", base_model="LSTM", model_path="lstm.pkl")
     assert config["init_from"] == f"file:{tmp_path / 'lstm.pkl'}"
     assert not caplog.text
-    config = translate("pytorch_hist.HIST", model_path="run:5", stock2concept="a", stock_index="b")
+    config = translate("pytorch_igmtf.IGMTF", model_path="run:5")
     assert config["init_from"] == "run:5"
-    assert "init_from" not in translate("pytorch_igmtf.IGMTF", model_path="gru.pkl")
-    assert f"is not loaded, because there is no file {tmp_path / 'gru.pkl'}" in caplog.text
-    assert "init_from" not in translate(
-        "pytorch_tra.TRAModel", model_config={}, tra_config={}, init_state="lstm.pkl"
-    )
-    assert "because its weights have other names here" in caplog.text
+    config = translate("pytorch_add.ADD", model_path="file:elsewhere.pkl")
+    assert config["init_from"] == "file:elsewhere.pkl"
+    tra = {"model_config": {}, "tra_config": {}}
+    assert "init_from" not in translate("pytorch_tra.TRAModel", **tra, init_state="")
+    assert not caplog.text
+    assert "init_from" not in translate("pytorch_tra.TRAModel", **tra, init_state="lstm.pkl")
+    assert "because its weights have other names in qtorch: Qlib's network starts" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("title", "argument"),
+    [("pytorch_igmtf.IGMTF", "model_path"), ("pytorch_tra.TRAModel", "init_state")],
+)
+@pytest.mark.parametrize("file", ["gru.pkl", "."])
+def test_a_file_of_weights_that_does_not_exist_is_an_error_as_in_qlib(
+    title, argument, file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config = {"class": f"qlib.contrib.model.{title}", "kwargs": {argument: file}}
+    path = re.escape(str(tmp_path / file))
+    message = f"{argument} of Qlib's .* is '{file}'; there is no file {path}, .*Qlib.*run:RUN_ID"
+    with pytest.raises(ConfigError, match=message):
+        translate_config(config)
 
 
 def test_stored_names_stay_stored_text():

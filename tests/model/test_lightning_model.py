@@ -53,6 +53,25 @@ def test_predict_scores_every_sample_once_at_any_batch_size(
     short_model.batch["eval_size"] = None
 
 
+@pytest.mark.parametrize(("monitor", "sign"), [("loss", -1.0), ("rank_ic", 1.0)])
+def test_fit_lists_a_score_per_epoch_and_segment_as_qlibs_networks(
+    dataset: ToyDataset, monitor: str, sign: float
+) -> None:
+    model = make_model(epochs=3, monitor=monitor)
+    evals_result: dict[str, list[float]] = {"train": [7.0], "mine": [1.0]}
+    model.fit(dataset, evals_result=evals_result)
+    curves = model.evals_result_
+    assert evals_result == {
+        "train": [-value for value in curves["train"]["loss"]],
+        "valid": [sign * value for value in curves["valid"][monitor]],
+        "mine": [1.0],
+    }
+    assert len(evals_result["train"]) == len(evals_result["valid"]) == 3
+    # The best epoch is the one with the highest score.
+    best = max(range(3), key=evals_result["valid"].__getitem__)
+    assert model.fit_report_["best_epoch"] == best
+
+
 def test_one_instrument_a_day_trains_a_time_series_model(caplog: pytest.LogCaptureFixture) -> None:
     single_instrument = ToyDataset(num_instruments=1)
     model = fit_model(single_instrument, epochs=1)

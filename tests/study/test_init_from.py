@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qtorch import R
+from qtorch import R, init_instance_by_config
 from qtorch.core.errors import ConfigError, DataError, TrackingError
 from qtorch.core.identity import fit_id
 from qtorch.model.finetune import copy_shared_weights, load_weights_file
@@ -14,6 +14,7 @@ from qtorch.model.lightning_model import LightningModel
 from qtorch.nn import ADD, GRU, HIST, LSTM, MLP, GATs
 from qtorch.tracking.recorder import DEPTH_TAG, FROM_TAG, PARENT_TAG
 from qtorch.trainer import task_train
+from qtorch.trainer.checks import check_task
 
 SIZE = {"hidden_size": 6, "num_layers": 1}
 LSTM_NETWORK = {"_target_": "qtorch.nn.LSTM", **SIZE}
@@ -173,6 +174,16 @@ def test_add_takes_the_recurrent_weights_of_a_file():
     assert torch.equal(network.enc_excess.weight_hh_l1, gru.rnn.weight_hh_l1)
     with pytest.raises(ConfigError, match=r"an? ADD and the file's weights differ .*\[12, 3\]"):
         copy_shared_weights(ADD(d_feat=3, hidden_size=8), gru.state_dict())
+
+
+def test_a_file_that_does_not_exist_is_found_before_data_are_read(tmp_path):
+    model = {"_target_": "qtorch.model.LightningModel", "network": GATS_NETWORK}
+    model["init_from"] = f"file:{tmp_path / 'no.pkl'}"
+    task = {"model": model, "dataset": {"_target_": "qtorch.data.DatasetH", "handler": "file:no"}}
+    with pytest.raises(ConfigError, match=r"there is no file .*no.pkl.*leave init_from out"):
+        check_task(task)
+    # The machine that trains may be another one.
+    init_instance_by_config(model).check_settings(check_device=False)
 
 
 def test_a_file_without_weights_says_what_was_expected(tmp_path):

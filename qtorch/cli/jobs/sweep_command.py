@@ -45,6 +45,7 @@ from qtorch.study.sweep import (
 # The workflow files of `qtorch run` in this process, as plain YAML by their digest.
 WORKFLOWS: dict[str, str] = {}
 SWEEP_VARIABLE = "QTORCH_SWEEP"  # the ID of the sweep's run, for its jobs
+MULTIRUN_WORDS = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 NAME_PATTERN = re.compile(r"[\w.\-]+")
 # Overrides that control how a sweep is executed and displayed; they do not define its tasks.
 EXECUTION_OVERRIDES = re.compile(
@@ -249,7 +250,7 @@ def _merge_results(results: Sequence[JobResult], jobs: Sequence[JobResult]) -> l
 
 def command_words() -> list[str]:
     """Return the words of the command that `qtorch sweep resume` repeats."""
-    words = [a for a in sys.argv[1:] if a not in ("-m", "--multirun", "hydra.mode=MULTIRUN")]
+    words = [a for a in sys.argv[1:] if a not in MULTIRUN_WORDS]
     return [w for w in dict.fromkeys(words) if not w.startswith(RESUME_WORDS)]
 
 

@@ -22,7 +22,9 @@ from qtorch.cli.launchers.kinds import (
 )
 from qtorch.cli.launchers.slurm import JOB_TAG, find_earlier_attempt, scheduler_job_name
 from qtorch.cli.tables.jobs import print_summary
+from qtorch.cli.workflow.task import report_notes
 from qtorch.core.errors import ConfigError, QtorchError, printable_text
+from qtorch.core.lazy import quick_imports
 from qtorch.process.child import ExitStatus, Parent
 from qtorch.process.fork_server import TRAINING_PRELOAD, ForkServer, fork_server
 from qtorch.process.heartbeat import RUN
@@ -65,6 +67,9 @@ def execute_job(request: Mapping[str, Any]) -> None:
     with collect_started_runs() as runs:
         try:
             configure_process(settings["log_level"], (settings["tracking"] or {}).get("uri"))
+            # The command has logged those of a sweep; a resumed run has its own task.
+            if "workflow" in settings and request["sweep"] is None and request["resume"] is None:
+                report_notes(settings)
             if settings["runner"] != POOL:
                 outcome = _train_job(request)
                 apply_outcome(result, outcome)
@@ -135,7 +140,8 @@ def _train_job(request: Mapping[str, Any]) -> JobOutcome:
             raise ConfigError(f"run {resume_id} is {FINISHED}: there is nothing to resume.")
         return JobOutcome(end_task_train(recorder), TRAINED)
     if request["sweep"] is None:
-        check_task(task_definition(settings))  # before the data's calendar is read
+        with quick_imports(freeze=True):  # the modules of the task's classes
+            check_task(task_definition(settings))  # before the data's calendar is read
     task, experiment = job_task(settings), settings["experiment_name"]
     name = request["run_name"]
     if request["sweep"] is None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from qtorch.core.runtime import quick_imports
+from qtorch.core.lazy import quick_imports
 
 
 class QuickStart:
@@ -35,5 +35,5 @@ class QuickStart:
 def _begin_imports() -> QuickStart:
     """Return an object whose state is unpickled next."""
     start = QuickStart()
-    start._imports.enter_context(quick_imports())
+    start._imports.enter_context(quick_imports(freeze=True))
     return start

@@ -14,12 +14,17 @@ from omegaconf import OmegaConf
 from qtorch.cli import train
 from qtorch.cli.compose import compose_settings, config_path
 from qtorch.cli.guard import configure_process
-from qtorch.cli.jobs.sweep_command import WORKFLOWS
+from qtorch.cli.jobs.sweep_command import MULTIRUN_WORDS, WORKFLOWS
 from qtorch.cli.options import output_path
 from qtorch.cli.overrides import quote_value
 from qtorch.cli.workflow.experiment import write_experiment
 from qtorch.cli.workflow.file import Workflow, load_stored_workflow, read_workflow
-from qtorch.cli.workflow.task import add_folders, init_options, translate_workflow
+from qtorch.cli.workflow.task import (
+    add_folders,
+    init_options,
+    report_notes,
+    translate_workflow,
+)
 from qtorch.core.errors import ArgumentError, ConfigError
 from qtorch.core.qlib.notes import Notes
 from qtorch.tracking.locations import replace_folder
@@ -63,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
     if TRANSLATE in words:
         return _translate(workflow, [w for w in words if w != TRANSLATE])
     register(workflow.digest, workflow.text, workflow.document)
-    _report_notes(workflow, words)
+    if any(word in MULTIRUN_WORDS for word in words):
+        _report_notes(workflow, words)
     return train.main([*words, *_own_words(workflow, words, folder)], ROOT)
 
 
@@ -125,11 +131,9 @@ def _own_words(workflow: Workflow, words: Sequence[str], folder: str | None) -> 
 
 
 def _report_notes(workflow: Workflow, words: Sequence[str]) -> None:
-    """Log once what is different here, before the jobs; faults are those of the jobs."""
-    settings = _compose(workflow, [w for w in words if "," not in w and not w.startswith("-")])
-    notes = Notes()
-    translate_workflow(settings, settings["task"], notes)
-    notes.log_all()
+    """Log what is different here once for all jobs of a sweep; faults are those of the jobs."""
+    words = [w for w in words if "," not in w and w not in MULTIRUN_WORDS]
+    report_notes(_compose(workflow, [w for w in words if not w.startswith("-")]))
 
 
 def _compose(workflow: Workflow, words: Sequence[str]) -> dict[str, Any]:

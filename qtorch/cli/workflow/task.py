@@ -57,6 +57,13 @@ def translate_workflow(
     return as_stored_text(translated) if is_stored else translated
 
 
+def report_notes(settings: Mapping[str, Any]) -> None:
+    """Log what is different here from the workflow in Qlib."""
+    notes = Notes()
+    translate_workflow(settings, settings["task"], notes)
+    notes.log_all()
+
+
 def init_options(settings: Mapping[str, Any], notes: Notes) -> dict[str, Any]:
     """Return what the section qlib_init sets here: provider_uri, region, tracking_uri, task_url."""
     config = {"_target_": "qlib.init", **(settings.get(INIT) or {})}

@@ -52,9 +52,9 @@ class Context:
 
     def refuse(self, argument: str, text: str) -> ConfigError:
         """Return an error about an argument of Qlib's."""
+        place = f"{self.location}.{argument}: " if self.location else ""
         return ConfigError(
-            f"{self.location}.{argument}: {argument} of Qlib's {self.entry.title} is "
-            f"{self.get(argument)!r:.60}; {text}."
+            f"{place}{argument} of Qlib's {self.entry.title} is {self.get(argument)!r:.60}; {text}."
         )
 
 
@@ -73,23 +73,34 @@ def set_device(context: Context) -> None:
 
 
 def set_initial_weights(context: Context) -> None:
-    """The weights that the network starts from: a file of weights, or here also a run."""
+    """The weights that the network starts from: a file of weights, or with qtorch also a run.
+
+    Raises ConfigError if there is no such file, without which Qlib's training fails as well. With
+    the prefix `file:` the file may be one of the machine that trains.
+    """
     name = context.parameters["argument"]
     value = context.get(name)
-    if value is None:
+    if value is None or (value == "" and name == "init_state"):  # as in Qlib
         return
     if str(value).startswith(("run:", "file:")):
         context.set("init_from", value)
         return
     path = resolve_path(str(value))
-    if path.is_file() and name == "model_path":
+    if not path.is_file():
+        raise context.refuse(
+            name,
+            f"there is no file {path}, without which Qlib's training fails too. Set it to a file "
+            "of weights that exists, or to run:RUN_ID for the weights of a run, or leave it out to "
+            "start from random weights",
+        )
+    if name == "model_path":
         context.set("init_from", f"file:{path}")
         return
-    reason = "its weights have other names here" if path.is_file() else f"there is no file {path}"
     context.notes.warn(
-        f"{name}={value!r} of {context.entry.title} is not loaded, because {reason}: the network "
-        f"starts from random weights. To start from those of a run, write {name}: run:RUN_ID; to "
-        "start from random ones without this warning, leave it out"
+        f"{name}={value!r} of {context.entry.title} is not loaded, because its weights have other "
+        "names in qtorch: Qlib's network starts from them, this one from random weights. To start "
+        f"from the weights of a run, set {name}: run:RUN_ID; to start from random ones without "
+        "this warning, leave it out"
     )
 
 

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from qtorch.data.dataset.samples import Samples
 from qtorch.model.devices.numerics import describe_numerics, numerical_settings
 from qtorch.model.fit import checkpoint_folder, hold_folder
 from qtorch.model.fleet.checkpoint import has_member_checkpoint, load_member, save_member
+from qtorch.model.fleet.current import current_fleet, use_fleet
 from qtorch.model.fleet.jobs import Job
 from qtorch.model.fleet.member import Member, find_refusal
 from qtorch.model.fleet.training import FleetTraining
@@ -37,14 +37,6 @@ T = TypeVar("T")
 
 MAX_CPU_MEMBERS = 64
 MEMORY_SHARE = 0.8  # of a GPU's free memory, for the members of a fleet
-
-
-_fleet: ContextVar[Fleet | None] = ContextVar("qtorch_fleet", default=None)
-
-
-def current_fleet() -> Fleet | None:
-    """Return the fleet whose job this is; None outside of a fleet."""
-    return _fleet.get()
 
 
 def fit_as_member(
@@ -98,11 +90,8 @@ class Fleet:
 
         Ctrl-C stops all trainings, whose jobs receive TrainingInterrupted, and is then raised.
         """
-        token = _fleet.set(self)
-        try:  # a job runs in a copy of the context in which it is made
+        with use_fleet(self):  # a job runs in a copy of the context in which it is made
             jobs = [Job(number, function) for number, function in enumerate(functions)]
-        finally:
-            _fleet.reset(token)
         self._pending.extend(jobs)
         try:
             while self._pending or self._parked:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.dates import name_bars
+from qtorch.core.lazy import quick_imports
 from qtorch.record.report.chart_style import (
     GRID,
     IC_COLOUR,
@@ -44,7 +45,8 @@ def ic_chart(ic: pd.Series, rank_ic: pd.Series) -> Figure:
     It is the picture that SigAnaRecord saves with a run; the report page has `rolling_ic_chart`.
     Both arguments are Series by day; NaN days are left out.
     """
-    from matplotlib.figure import Figure  # not pyplot, which has global state and needs a display
+    with quick_imports():  # not pyplot, which has global state and needs a display
+        from matplotlib.figure import Figure
 
     ic, rank_ic = ic.dropna(), rank_ic.dropna()
     figure = Figure(figsize=(11, 7), layout="constrained", facecolor="white")
