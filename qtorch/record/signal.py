@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pandas as pd
 
-from qtorch.core.errors import LoadObjectError, RecordError
+from qtorch.core.errors import LoadObjectError, RecordError, check_name
 from qtorch.core.session import get_region
+from qtorch.data.dataset.samples import require_segment
 from qtorch.metrics.risk import periods_per_year
 from qtorch.metrics.signal import (
     annual_return,
@@ -29,6 +30,8 @@ from qtorch.tracking.recorder import Recorder
 log = logging.getLogger(__name__)
 
 SCORE = "score"
+TEST = "test"
+USUAL_SEGMENTS = ("train", "valid", TEST)
 CHART = "ic.png"
 _HF_SERIES = ("ic", "ric", "long_pre", "short_pre", "long_short_r", "long_avg_r")
 
@@ -45,6 +48,9 @@ class SignalRecord(Record):
         super().__init__(recorder)
         self.model = model
         self.dataset = dataset
+
+    def check_segment_names(self, names: Collection[str]) -> None:
+        require_segment(TEST, names, f"of which {type(self).__name__} stores the scores")
 
     def generate(self) -> pd.DataFrame:
         """Predict the test segment; store and return the scores."""
@@ -78,7 +84,7 @@ def as_frame(scores: pd.Series | pd.DataFrame) -> pd.DataFrame:
     return scores.to_frame(SCORE) if isinstance(scores, pd.Series) else scores
 
 
-def raw_label(dataset: Any, segment: str = "test") -> pd.DataFrame:
+def raw_label(dataset: Any, segment: str = TEST) -> pd.DataFrame:
     """Return the label of a segment as loaded, before any processor.
 
     Raises RecordError if the handler has dropped its raw data.
@@ -220,7 +226,8 @@ def finite_metrics(metrics: dict[str, Any]) -> dict[str, float]:
 class SegmentICRecord(Record):
     """Logs `valid.IC`, `valid.Rank IC`, `test.ICIR`, ... against the raw label.
 
-    Predicts those of `segments` that the dataset has. `train` is not among the defaults because it
+    Predicts those of `segments` that the dataset has; one of another name than train, valid and
+    test must exist. `train` is not among the defaults because it
     is the largest. The scores of the test segment are read from `pred.pkl` if the run has it.
     """
 
@@ -229,7 +236,7 @@ class SegmentICRecord(Record):
         model: Any = None,
         dataset: Any = None,
         recorder: Recorder | None = None,
-        segments: Sequence[str] = ("valid", "test"),
+        segments: Sequence[str] = ("valid", TEST),
         label_col: int = 0,
     ) -> None:
         super().__init__(recorder)
@@ -237,6 +244,10 @@ class SegmentICRecord(Record):
         self.dataset = dataset
         self.segments = segments
         self.label_col = label_col
+
+    def check_segment_names(self, names: Collection[str]) -> None:
+        for segment in self.segments:
+            check_name("segment of SegmentICRecord", segment, {*names, *USUAL_SEGMENTS})
 
     def generate(self) -> dict[str, float]:
         """Predict each segment; log and return the metrics."""
@@ -251,7 +262,7 @@ class SegmentICRecord(Record):
         return metrics
 
     def _scores(self, segment: str) -> Any:
-        if segment == "test":
+        if segment == TEST:
             try:
                 return self.recorder.load_object("pred.pkl")
             except LoadObjectError:
