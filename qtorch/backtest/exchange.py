@@ -127,6 +127,16 @@ class Exchange(QuoteLookup, Configured):
         """The frequency of the bars: the `freq` argument, or that of the source."""
         return self._freq or self.source.resolve_frequency()
 
+    def check_names(self) -> None:
+        """Raise DataError for a field, an instrument or a frequency that the source does not have.
+
+        Bars are not read, unless the source reads them to know its names.
+        """
+        self.calendar()
+        expressions = self._quote_expressions(as_qlib=False).values()
+        self.source.check_expressions(expressions, self.freq)
+        self.source.check_instruments(self.codes)
+
     def calendar(self) -> pd.DatetimeIndex:
         """All bars of the source in ascending order."""
         return self.source.read_calendar(self.freq)

@@ -75,7 +75,7 @@ def backtest(
     """
     check_name("delisting", delisting, DELISTINGS)
     built_strategy = _build_strategy(strategy)
-    execution = _build_executor(executor)
+    execution = build_executor(executor)
     exchange = _build_exchange(exchange_kwargs, source, execution.time_per_step)
     frame = built_strategy.scores()
     calendar = exchange.calendar()
@@ -113,6 +113,31 @@ def backtest(
     return BacktestResult(ledger, members, exchange, quotes, bench)
 
 
+def check_backtest(
+    *,
+    source: Any = None,
+    start_time: Any = None,
+    end_time: Any = None,
+    executor: Any = None,
+    benchmark: Benchmark = None,
+    account: float | Mapping[str, Any] = CASH,
+    exchange_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Raise an error for a name or a date of a backtest that its source of bars does not have.
+
+    The arguments are those of `backtest`. Bars are not read, unless the source reads them to know
+    its names.
+    """
+    exchange = _build_exchange(exchange_kwargs, source, build_executor(executor).time_per_step)
+    exchange.check_names()
+    _trading_span(start_time, end_time, None, exchange.calendar())
+    if benchmark is not None and not isinstance(benchmark, pd.Series):
+        resolve_benchmark(benchmark, exchange.source)
+    for name in account if isinstance(account, Mapping) else ():
+        if name != "cash":
+            check_name("instrument of the account", name, exchange.source.instrument_names())
+
+
 def benchmark_returns(
     benchmark: Benchmark,
     source: Source,
@@ -142,7 +167,7 @@ def benchmark_returns(
                 f"the benchmark's returns cover none of {dates[0]:%Y-%m-%d}..{dates[-1]:%Y-%m-%d}."
             )
         return returns.fillna(0.0).rename("bench")
-    instruments = _resolve_instruments(benchmark, source)
+    instruments = resolve_benchmark(benchmark, source)
     if as_qlib:
         panel = source.feature_panel(instruments, [_RETURN], dates[0], dates[-1], freq)
         frame = panel.to_frame()[_RETURN].astype(np.float64)
@@ -178,7 +203,11 @@ def _mean_moves(close: Floats, is_member: Bools | None = None) -> Floats:
     return means
 
 
-def _resolve_instruments(benchmark: str | Sequence[str], source: Source) -> str | list[str]:
+def resolve_benchmark(benchmark: str | Sequence[str], source: Source) -> str | list[str]:
+    """Return a benchmark's universe, or its instruments, as the source has them.
+
+    Raises DataError for a name that the source does not have, ConfigError for one that is not text.
+    """
     instruments = source.instrument_names()
     if isinstance(benchmark, str) or not isinstance(benchmark, Iterable):
         names = instruments.union(source.universes())
@@ -235,7 +264,7 @@ class SimulatorExecutor(Configured):
         self.settle_type = settle_type
 
 
-def _build_executor(executor: Any) -> SimulatorExecutor:
+def build_executor(executor: Any) -> SimulatorExecutor:
     """Build the executor of a configuration; ConfigError for what is not supported."""
     config = resolve_config(executor)
     if config is None:
@@ -316,8 +345,8 @@ def _trading_span(
     rows = date_rows(calendar, start, end)
     if rows.start == rows.stop:
         raise DataError(
-            f"no bar between {start} and {end}; the calendar goes from {calendar[0]:%Y-%m-%d} to "
-            f"{calendar[-1]:%Y-%m-%d}."
+            f"the backtest has no bar between {start} and {end}; the calendar goes from "
+            f"{calendar[0]:%Y-%m-%d} to {calendar[-1]:%Y-%m-%d}."
         )
     return calendar[rows.start], calendar[rows.stop - 1]
 

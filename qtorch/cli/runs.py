@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from qtorch.cli.guard import configure_process
 from qtorch.cli.options import parse_count, parse_options
-from qtorch.core.errors import ConfigError, unknown_name_message
+from qtorch.core.errors import ConfigError, check_name, unknown_name_message
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.study.sweep import SWEEP_TAG
+from qtorch.study.sweep import JOB_TAG, SWEEP_TAG
+from qtorch.tracking.claims import PROCESS_GONE, has_lost_process
 from qtorch.tracking.lookup import list_runs, select_run, select_store
+from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder
 from qtorch.tracking.store_types import RunRow, format_local_time
 
@@ -21,7 +23,8 @@ usage: qtorch runs [experiment=NAME] [status=FINISHED] [filter=EXPRESSION] [colu
                    [limit=20] [tracking.uri=URI]
 
   experiment    runs of this experiment; default: of all
-  status        RUNNING, FINISHED, FAILED or KILLED
+  status        RUNNING, FINISHED, FAILED or KILLED; a run whose process is gone counts as KILLED,
+                also if it is still RUNNING in the store
   filter        MLflow's search syntax: filter='metrics.`test.IC` > 0.02 and params.seed = "1"'
   columns       metrics, params or tags to show: columns=test.IC,model.network._target_,seed
                 default: IC and Rank IC of the test segment
@@ -49,25 +52,48 @@ def main(argv: Sequence[str]) -> int:
     options = parse_options(argv, PARSERS, "qtorch runs")
     configure_process(tracking_uri=options.get("tracking.uri"))
     select_store()
-    conditions = [options.get("filter")]
-    if options.get("status"):
-        status = options["status"].upper()
-        if status not in Recorder.STATUSES:
-            raise ConfigError(unknown_name_message("status", status, Recorder.STATUSES))
-        conditions.append(f"attributes.status = '{status}'")
-    rows = list_runs(
-        options.get("experiment"),
-        filter_string=" and ".join(c for c in conditions if c),
-        max_results=options.get("limit") or DEFAULT_LIMIT,
-    )
+    status = options.get("status")
+    if status is not None:
+        status = status.upper()
+        check_name("status", status, Recorder.STATUSES)
+    limit = options.get("limit") or DEFAULT_LIMIT
+    rows = _find_rows(options.get("experiment"), status, options.get("filter"), limit)
+    lost_ids = {row.id for row in rows if has_lost_process(row, R.get_uri())}
     columns = options.get("columns")
-    _print_rows(rows, None if columns is None else [c.strip() for c in columns.split(",")])
+    column_names = None if columns is None else [c.strip() for c in columns.split(",")]
+    _print_rows(rows, column_names, lost_ids)
     return 0
 
 
-def _print_rows(rows: Sequence[RunRow], columns: Sequence[str] | None) -> None:
+def _find_rows(
+    experiment: str | None, status: str | None, condition: str | None, limit: int
+) -> list[RunRow]:
+    """Return the newest runs with a status, at most `limit`.
+
+    A run whose process is gone has the status KILLED here, although the store says RUNNING.
+    """
+
+    def search(stored_status: str | None, max_results: int | None) -> list[RunRow]:
+        part = stored_status and f"attributes.status = '{stored_status}'"
+        text = " and ".join(filter(None, [condition, part]))
+        return list_runs(experiment, filter_string=text, max_results=max_results)
+
+    if status not in (Recorder.STATUS_R, Recorder.STATUS_K):
+        return search(status, limit)
+    has_status = status == Recorder.STATUS_K
+    rows = search(status, limit) if has_status else []
+    rows += [
+        row
+        for row in search(Recorder.STATUS_R, None)
+        if has_lost_process(row, R.get_uri()) == has_status
+    ]
+    return sorted(rows, key=lambda row: row.start_time or 0, reverse=True)[:limit]
+
+
+def _print_rows(
+    rows: Sequence[RunRow], columns: Sequence[str] | None, lost_ids: Collection[str]
+) -> None:
     from qtorch.cli.tables.console import format_status, new_table, print_table, terminal
-    from qtorch.tracking.manager import R
 
     if not rows:
         terminal().print("no runs; start one with: qtorch train")
@@ -90,11 +116,21 @@ def _print_rows(rows: Sequence[RunRow], columns: Sequence[str] | None) -> None:
             row.id[:12],
             row.name,
             names.get(row.experiment_id, row.experiment_id),
-            format_status(row.status),
+            format_status(Recorder.STATUS_K, PROCESS_GONE)
+            if row.id in lost_ids
+            else format_status(row.status),
             (format_local_time(row.start_time) or "")[:16],
             *("-" if v is None else v if isinstance(v, str) else f"{v:.4f}" for v in values),
         )
     print_table(table)
+    for row in (r for r in rows if r.id in lost_ids):
+        print(f"resume run {row.id[:12]}: {resume_command(row)}")
+
+
+def resume_command(row: RunRow) -> str:
+    """Return the command that resumes a run, or its sweep if it is a job of one."""
+    sweep = next((t.removeprefix(JOB_TAG) for t in row.tags if t.startswith(JOB_TAG)), None)
+    return f"qtorch train resume={row.id}" if sweep is None else f"qtorch sweep resume {sweep}"
 
 
 def find_value(row: RunRow, name: str) -> float | str | None:

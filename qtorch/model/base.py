@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Self
 
 import pandas as pd
@@ -73,6 +74,12 @@ class Model(BaseModel):
 
         `reweighter` assigns a weight to each training sample. `recorder` receives metrics and
         checkpoints; if it is None, the current run is used, if there is one.
+        """
+
+    def check_segment_names(self, names: Collection[str]) -> None:
+        """Raise ConfigError if a dataset with segments of these names cannot be trained on.
+
+        It is called before the data is read. A user's model may train on any segment.
         """
 
     @abstractmethod

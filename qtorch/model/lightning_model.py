@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from qtorch.core.serial import State
 from qtorch.core.session import session
 from qtorch.data.dataset.batches import ORDERS
 from qtorch.data.dataset.qlib_dataset import check_disjoint_days, get_samples
-from qtorch.data.dataset.samples import Samples
+from qtorch.data.dataset.samples import Samples, require_segment
 from qtorch.metrics.loss import BaseLoss
 from qtorch.model.base import ModelFT
 from qtorch.model.devices.numerics import check_matmul_precision, numerical_settings
@@ -60,6 +60,7 @@ from qtorch.model.loop.options import (
     check_callbacks,
     check_count,
     check_monitor,
+    check_valid_segment,
     check_validation,
     resolve_inner_steps,
     trainer_device,
@@ -314,6 +315,10 @@ class LightningModel(ModelFT):
         get_module_class(self.module)
         check_monitor(build_early_stopping(self.early_stop, self.monitor)[1])
         check_callbacks(options)
+
+    def check_segment_names(self, names: Collection[str]) -> None:
+        require_segment("train", names, f"on which {type(self).__name__} is trained")
+        check_valid_segment(self.early_stop, self.monitor, names)
 
     def _check_counts(self) -> None:
         for name in ("size", "days_per_batch", "eval_size"):

@@ -205,8 +205,19 @@ def hold_claim(path: Path) -> Iterator[bool]:
 def is_held(path: Path) -> bool:
     """Whether a live process holds the claim."""
     state = _read_state(path)
-    if state is None:
-        return False
+    return state is not None and _has_live_holder(path, state)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether the holder is gone without having released the claim; False without a claim.
+
+    On another machine it counts as gone `STALE_SECONDS` after its last touch.
+    """
+    state = _read_state(path)
+    return state is not None and not _has_live_holder(path, state)
+
+
+def _has_live_holder(path: Path, state: ClaimState) -> bool:
     is_alive = _holder(state[0]).is_alive()
     return _seconds_since_touch(path, state) < STALE_SECONDS if is_alive is None else is_alive
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import Any, ClassVar, TypeAlias
 
 from qtorch.core.configured import Configured
@@ -56,6 +57,12 @@ class Record(Configured, ABC):
         """Raise an error for settings that the record cannot be generated with.
 
         It is called before the training, without a run and without data.
+        """
+
+    def check_segment_names(self, names: Collection[str]) -> None:
+        """Raise ConfigError if the record needs a segment that is not among a dataset's names.
+
+        It is called before the training, and before the data is read.
         """
 
     @abstractmethod

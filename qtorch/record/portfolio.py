@@ -11,7 +11,7 @@ import pandas as pd
 
 from qtorch.backtest.exchange import Exchange
 from qtorch.backtest.result import BacktestResult, period_name, resample_indicators, resample_report
-from qtorch.backtest.run import backtest
+from qtorch.backtest.run import backtest, build_executor, check_backtest
 from qtorch.backtest.simulate import DELISTINGS
 from qtorch.backtest.strategy import Strategy, TopkDropoutStrategy
 from qtorch.core.errors import AuditError, ConfigError, LoadObjectError, RecordError, check_name
@@ -24,6 +24,7 @@ from qtorch.core.instantiate import (
 )
 from qtorch.core.session import get_region, session
 from qtorch.data.handler.handler import DataHandler
+from qtorch.data.source.base import Source
 from qtorch.data.source.frame import build_source, default_source
 from qtorch.metrics.portfolio import indicator_analysis
 from qtorch.metrics.risk import periods_per_year, risk_analysis
@@ -174,12 +175,35 @@ class PortAnaRecord(Record):
         if "exchange" not in exchange:
             check_config({"_target_": Exchange, **exchange})
             Exchange(**{k: v for k, v in exchange.items() if k != "source"})
+        build_executor(self.executor)
         strategy = self._strategy(PRED)
         if isinstance(strategy, Mapping):
             target, arguments = get_callable_kwargs(strategy, STRATEGY_MODULE)
             if str(target.__module__).startswith("qtorch."):
                 check_config({"_target_": target, **arguments})
                 target(**arguments)
+
+    def check_names(self, dataset: Any, *, is_loaded: bool = False) -> None:
+        """Raise an error for a name or a date in the config that the bars do not have.
+
+        `dataset`: that of the task. Bars of a source that only knows its names from them are not
+        read, but for the dataset's if it `is_loaded`.
+        """
+        self.dataset = dataset
+        instruments = getattr(self._handler(), "instruments", None)
+        if isinstance(instruments, list | tuple):
+            self.check_universe(len(instruments))
+        exchange = (self.backtest.get("exchange_kwargs") or {}).get("exchange")
+        source = self._bars_source()
+        if source is None or isinstance(exchange, Mapping):  # an exchange may have its own source
+            return
+        if source.knows_names or (is_loaded and source is self._source()):
+            settings = self._backtest_settings()
+            if _is_scored(settings["benchmark"]):
+                settings["benchmark"] = None
+            for name in ("delisting", "as_qlib"):
+                settings.pop(name, None)
+            check_backtest(executor=self.executor, **settings)
 
     def check_universe(self, num_instruments: int) -> None:
         """Raise ConfigError if the strategy is to hold more instruments than there are scores of.
@@ -206,25 +230,29 @@ class PortAnaRecord(Record):
 
     def _run_backtest(self, scores: pd.DataFrame) -> BacktestResult:
         """Run the backtest, with one member per score column."""
-        settings = dict(self.backtest)
-        exchange = dict(settings.pop("exchange_kwargs", None) or {})
+        settings = self._backtest_settings()
+        if settings.get("start_time") is None:
+            settings["start_time"] = scores.index.get_level_values("datetime").min()
+        instruments = scores.index.get_level_values("instrument").unique()
+        if _is_scored(settings["benchmark"]):
+            settings["benchmark"] = [str(i) for i in instruments]
+        return backtest(
+            strategy=self._strategy(scores),
+            executor=fill_placeholder(self.executor, {PRED: scores}),
+            **settings,
+        )
+
+    def _backtest_settings(self) -> dict[str, Any]:
+        """Return the arguments of the backtest but for its strategy and executor."""
+        settings = {"benchmark": SCORED, **self.backtest}
+        exchange = dict(settings.get("exchange_kwargs") or {})
         if "exchange" not in exchange:
             exchange = {"freq": self.freq, **exchange}
             if self.region is not None:
                 exchange.setdefault("region", self.region)
             if "source" not in exchange and not settings.get("source"):
                 settings["source"] = self._source()
-        if settings.get("start_time") is None:
-            settings["start_time"] = scores.index.get_level_values("datetime").min()
-        instruments = scores.index.get_level_values("instrument").unique()
-        if settings.setdefault("benchmark", SCORED) == SCORED:
-            settings["benchmark"] = [str(i) for i in instruments]
-        return backtest(
-            strategy=self._strategy(scores),
-            executor=fill_placeholder(self.executor, {PRED: scores}),
-            exchange_kwargs=exchange,
-            **settings,
-        )
+        return settings | {"exchange_kwargs": exchange}
 
     def _strategy(self, scores: pd.DataFrame | str) -> Any:
         """Return the strategy, or its configuration, with the scores as its signal."""
@@ -238,7 +266,7 @@ class PortAnaRecord(Record):
             del config["module_path"]  # qtorch has strategies with the same names as Qlib's
         return config
 
-    def _source(self) -> Any:
+    def _source(self) -> Source | None:
         """Return the dataset's source of bars; None means that of `qtorch.init`."""
         handler = self._handler()
         return None if handler is None else handler.bars_source()
@@ -255,18 +283,32 @@ class PortAnaRecord(Record):
 
     def _data_freq(self) -> str | None:
         """Return the frequency of the dataset, else of the source; None if there is neither."""
-        config = (self.backtest.get("exchange_kwargs") or {}).get("source")
-        config = self.backtest.get("source") if config is None else config
-        if config is not None:
-            return build_source(config).resolve_frequency()
-        handler = self._handler()
+        handler = self._handler() if self._own_source() is None else None
         freq = None if handler is None else handler.frequency()
         if freq is not None:
             return freq
-        source = self._source()
+        source = self._bars_source()
+        return None if source is None else source.resolve_frequency()
+
+    def _own_source(self) -> Any:
+        """Return the source in the config, or its configuration; None without one."""
+        exchange = self.backtest.get("exchange_kwargs") or {}
+        live_exchange = exchange.get("exchange")
+        if isinstance(live_exchange, Exchange):
+            return live_exchange.source
+        source = exchange.get("source")
+        return self.backtest.get("source") if source is None else source
+
+    def _bars_source(self) -> Source | None:
+        """Return the source of the backtest: the config's, else the dataset's, else the session's.
+
+        None if there is none of them.
+        """
+        config = self._own_source()
+        source = self._source() if config is None else build_source(config)
         if source is None and session().provider_uri is not None:
             source = default_source()
-        return None if source is None else str(source.resolve_frequency())
+        return source
 
     def _audit(self, result: BacktestResult) -> None:
         """Check the backtest; what it is about is stored by now."""
@@ -369,6 +411,10 @@ def _period_names(freqs: str | Sequence[str] | None, bars: str) -> list[str]:
         return [bars]
     freq_list = [freqs] if isinstance(freqs, str) else list(freqs)
     return [period_name(f) for f in freq_list]
+
+
+def _is_scored(benchmark: Any) -> bool:
+    return isinstance(benchmark, str) and benchmark == SCORED
 
 
 def _is_positive(value: Any) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import pandas as pd
 
-from qtorch.core.errors import ConfigError, LoadObjectError, RecordError
+from qtorch.core.errors import ConfigError, LoadObjectError, RecordError, check_name
 from qtorch.core.session import get_region
+from qtorch.data.dataset.samples import require_segment
 from qtorch.metrics.risk import periods_per_year
 from qtorch.metrics.signal import (
     annual_return,
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 Segments: TypeAlias = Sequence[str] | Mapping[str, str | slice]
 
 SCORE = "score"
+TEST = "test"
+USUAL_SEGMENTS = ("train", "valid", TEST)
 CHART = "ic.png"
 _HF_SERIES = ("ic", "ric", "long_pre", "short_pre", "long_short_r", "long_avg_r")
 
@@ -47,6 +50,9 @@ class SignalRecord(Record):
         super().__init__(recorder)
         self.model = model
         self.dataset = dataset
+
+    def check_segment_names(self, names: Collection[str]) -> None:
+        require_segment(TEST, names, f"of which {type(self).__name__} stores the scores")
 
     def generate(self) -> pd.DataFrame:
         """Predict the test segment; store and return the scores."""
@@ -80,7 +86,7 @@ def as_frame(scores: pd.Series | pd.DataFrame) -> pd.DataFrame:
     return scores.to_frame(SCORE) if isinstance(scores, pd.Series) else scores
 
 
-def raw_label(dataset: Any, segment: str | slice = "test") -> pd.DataFrame:
+def raw_label(dataset: Any, segment: str | slice = TEST) -> pd.DataFrame:
     """Return the label of a segment, or of a slice of dates, as loaded, before any processor.
 
     Raises RecordError if the handler has dropped its raw data.
@@ -219,11 +225,22 @@ def finite_metrics(metrics: dict[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in metrics.items() if k not in undefined_names}
 
 
+def segments_by_name(segments: Segments) -> dict[str, str | slice]:
+    """Return segments as a mapping; raises ConfigError for a single name."""
+    if isinstance(segments, str):
+        raise ConfigError(
+            f"segments is {segments!r}; expected a list of names, or a mapping of names to "
+            f"segments: [{segments}]."
+        )
+    return dict(segments) if isinstance(segments, Mapping) else {s: s for s in segments}
+
+
 class SegmentICRecord(Record):
     """Logs `valid.IC`, `valid.Rank IC`, `test.ICIR`, ... against the raw label.
 
-    `segments`: names of segments, of which those are predicted that the dataset has; or a mapping
-    of names of your own to a segment's name or a slice of dates. `train` is not among the defaults
+    `segments`: names of segments, of which those are predicted that the dataset has (others than
+    train, valid and test must exist); or a mapping of names of your own to a segment's name or a
+    slice of dates. `train` is not among the defaults
     because it is the largest. The scores of the test segment are read from `pred.pkl` if the run
     has it. Corresponds to Qlib's MultiSegRecord, which logs no metrics.
     """
@@ -233,7 +250,7 @@ class SegmentICRecord(Record):
         model: Any = None,
         dataset: Any = None,
         recorder: Recorder | None = None,
-        segments: Segments = ("valid", "test"),
+        segments: Segments = ("valid", TEST),
         label_col: int = 0,
     ) -> None:
         super().__init__(recorder)
@@ -241,6 +258,11 @@ class SegmentICRecord(Record):
         self.dataset = dataset
         self.segments = segments
         self.label_col = label_col
+
+    def check_segment_names(self, names: Collection[str]) -> None:
+        for segment in segments_by_name(self.segments).values():
+            if isinstance(segment, str):
+                check_name("segment of SegmentICRecord", segment, {*names, *USUAL_SEGMENTS})
 
     def generate(self, segments: Segments | None = None, save: bool = False) -> dict[str, float]:
         """Predict each segment; log and return the metrics.
@@ -266,18 +288,14 @@ class SegmentICRecord(Record):
 
     def _select(self, segments: Segments) -> dict[str, str | slice]:
         """Return the segments by name; of names alone, those that the dataset has."""
+        selected = segments_by_name(segments)
         if isinstance(segments, Mapping):
-            return dict(segments)
-        if isinstance(segments, str):
-            raise ConfigError(
-                f"segments is {segments!r}; expected a list of names, or a mapping of names to "
-                f"segments: [{segments}]."
-            )
+            return selected
         dataset_segments = getattr(self.dataset, "segments", {})
-        return {s: s for s in segments if s in dataset_segments}
+        return {name: segment for name, segment in selected.items() if name in dataset_segments}
 
     def _scores(self, segment: str | slice) -> Any:
-        if segment == "test":
+        if segment == TEST:
             try:
                 return self.recorder.load_object("pred.pkl")
             except LoadObjectError:

@@ -15,7 +15,7 @@ from typing import Any
 from qtorch.core.errors import ConfigError, QtorchError, unknown_name_message
 from qtorch.core.files import atomic_write, cache_folder, file_lock
 from qtorch.core.secrets import redact_urls
-from qtorch.tracking.claims import is_run_held
+from qtorch.tracking.claims import PROCESS_GONE, is_run_held
 from qtorch.tracking.experiment import Experiment
 from qtorch.tracking.locations import claims_folder
 from qtorch.tracking.manager import R
@@ -198,7 +198,7 @@ def count_tried_jobs(recorders: Sequence[Recorder]) -> int:
 def _parse_job(row: RunRow, details: Mapping[str, Any]) -> JobResult:
     status, note = row.status, None
     if status == Recorder.STATUS_R and not is_run_held(row.id, R.get_uri()):
-        status, note = Recorder.STATUS_K, "its process is gone"
+        status, note = Recorder.STATUS_K, PROCESS_GONE
     seconds = float(row.tags.get(SECONDS_TAG, "nan"))
     if math.isnan(seconds) and row.start_time and row.end_time:
         seconds = (row.end_time - row.start_time) / 1000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from qtorch.core.qlib.notes import Notes
 from qtorch.core.qlib.translation import translate_task
 from qtorch.core.trust import NAME_KEYS, check_config_trust
 from qtorch.data.processor.base import Processor
-from qtorch.trainer.segments import check_fractions, has_fractions
+from qtorch.trainer.segments import check_fractions, has_fractions, segment_dates
 
 RECORD_MODULE = "qtorch.record"
 OWN_PACKAGE = "qtorch."
@@ -30,9 +30,12 @@ def check_task(task: Any, *, check_device: bool = True) -> None:
     """Raise ConfigError (or TrustError) for a task that cannot be trained. Data are not read.
 
     Checked are the names in the task, the arguments that they take, the settings of the model, the
-    dataset and the records (`check_settings`, if they have this method), and that each record has
-    the record that it needs before it. `check_device`: this process is the one that trains, so that
-    it must have the device and the data. Raises DataError for data that does not exist.
+    dataset and the records (`check_settings`, if they have this method), that each record has the
+    record that it needs before it, that the dataset has the segments that model and records need,
+    and what the config says of data whose names and dates are known without reading it: the
+    instruments, the dates of the segments, the benchmark. `check_device`: this process is the one
+    that trains, so that it must have the device and the data. Raises DataError for data that does
+    not exist, or that does not have these names and dates.
     """
     task = resolve_config(task)
     if not isinstance(task, Mapping) or any(task.get(k) is None for k in ("model", "dataset")):
@@ -43,10 +46,16 @@ def check_task(task: Any, *, check_device: bool = True) -> None:
         _check_reweighter(task.get("reweighter"))
         _check_seed(task.get("seed"))
         _check_names(task["model"])
-        _check_settings(build_object(task["model"]), check_device=check_device)
-        _check_records(task.get("record"))
+        model = build_object(task["model"])
+        if not callable(getattr(model, "fit", None)):
+            raise ConfigError(f"model is {model!r:.80}; expected a model with a method fit.")
+        _check_settings(model, check_device=check_device)
+        records = _check_records(task.get("record"))
+        _check_segment_names(task["dataset"], [model, *records])
         try:
-            _check_dataset(task["dataset"])
+            dataset = _check_dataset(task["dataset"])
+            if dataset is not None:
+                _check_record_names(records, dataset)
         except DataError as error:
             if check_device or isinstance(error, ExpressionError):
                 raise
@@ -83,6 +92,16 @@ def record_list(records: Any) -> list[Any]:
     return [records] if isinstance(records, Mapping | str) else list(records or [])
 
 
+def segment_names(dataset: Any) -> Collection[str] | None:
+    """Return the names of the segments of a dataset or of its configuration; None if unknown."""
+    segments = getattr(dataset, "segments", None)
+    if isinstance(dataset, Mapping):
+        target, arguments = get_callable_kwargs(dataset)
+        is_own = str(getattr(target, "__module__", "")).startswith(OWN_PACKAGE)
+        segments = arguments.get("segments") if is_own else None  # a user's class may add some
+    return list(map(str, segments)) if isinstance(segments, Mapping) else None
+
+
 def record_class(record: Any) -> Any:
     """Return the class of a task's record; None for a pickle, which is not loaded to find out."""
     if isinstance(record, Path) or (isinstance(record, str) and record.startswith("file:")):
@@ -95,7 +114,8 @@ def check_segments(dataset: Any, records: Any) -> None:
 
     That is an empty segment (DataError), a test segment with one instrument per day although a
     record compares the scores of a day (DataError), or with fewer instruments than a record's
-    portfolio is to hold (ConfigError).
+    portfolio is to hold (ConfigError). Names of instruments and fields that a record takes are
+    checked too, since those of some sources are only known once the data is read (DataError).
     """
     samples = getattr(dataset, "samples", None)
     if not callable(samples):
@@ -116,6 +136,12 @@ def check_segments(dataset: Any, records: Any) -> None:
                 )
             if hasattr(cls, "check_universe"):
                 build_object(_with_module(record)).check_universe(num_instruments)
+    built_records = [
+        build_object(_with_module(record))
+        for record in record_list(records)
+        if hasattr(record_class(record), "check_names")
+    ]
+    _check_record_names(built_records, dataset, is_loaded=True)
 
 
 def _check_names(config: Any) -> None:
@@ -145,20 +171,48 @@ def _check_reweighter(config: Any) -> None:
         build_object(config)
 
 
-def _check_dataset(config: Any) -> None:
-    """Build a configured dataset, which reads no data yet, and check its settings.
+def _check_segment_names(dataset: Any, parts: Sequence[Any]) -> None:
+    """Raise ConfigError if the dataset lacks a segment that the model or a record needs."""
+    names = segment_names(dataset)
+    for part in parts if names is not None else ():
+        check_segment_names = getattr(part, "check_segment_names", None)
+        if callable(check_segment_names):
+            check_segment_names(names)
 
-    One with parts of the user's own is not built, because these may read data at once.
+
+def _check_record_names(records: Sequence[Any], dataset: Any, **options: Any) -> None:
+    """Raise an error for names that a record takes and the data does not have."""
+    for record in records:
+        check_names = getattr(record, "check_names", None)
+        if callable(check_names):
+            check_names(dataset, **options)
+
+
+def _check_dataset(config: Any) -> Any:
+    """Build a configured dataset, which reads no data yet, check its settings and return it.
+
+    One with parts of the user's own is not built, because these may read data at once; None is
+    returned.
     """
     _check_names(config)
-    if not isinstance(config, Mapping) or _may_read_data(config):
-        return
+    if isinstance(config, int | float | list | tuple):
+        raise ConfigError(f"dataset is {config!r:.80}; expected a dataset or its configuration.")
+    if not isinstance(config, Mapping):
+        return None if isinstance(config, str | Path) else config
+    if _may_read_data(config):
+        return None
     target, arguments = get_callable_kwargs(config)
     segments = arguments.get("segments")
     if isinstance(segments, Mapping) and has_fractions(segments):
         check_fractions(segments)
-        arguments["segments"] = {}  # the dates are not known without the data
-    _check_settings(init_instance_by_config({"_target_": target, **arguments}))
+        arguments["segments"] = {}
+    dataset = init_instance_by_config({"_target_": target, **arguments})
+    if isinstance(segments, Mapping) and has_fractions(segments):
+        calendar = dataset.handler.find_calendar()
+        if calendar is not None:
+            dataset.config(segments=segment_dates(segments, calendar))
+    _check_settings(dataset)
+    return dataset
 
 
 def _may_read_data(config: Any) -> bool:
@@ -185,16 +239,20 @@ def _may_read_data(config: Any) -> bool:
     return any(map(_may_read_data, config.values()))
 
 
-def _check_records(records: Any) -> None:
+def _check_records(records: Any) -> list[Any]:
+    """Check the records of a task, and return those of qtorch, built."""
     earlier_classes: list[Any] = []
+    built_records = []
     for record in record_list(records):
         cls = record_class(record)
         if cls is not None:
             check_config(record, RECORD_MODULE)
             _check_dependency(cls, earlier_classes)
             if str(cls.__module__).startswith(OWN_PACKAGE):
-                _check_settings(build_object(_with_module(record)))
+                built_records.append(build_object(_with_module(record)))
+                _check_settings(built_records[-1])
         earlier_classes.append(cls)
+    return built_records
 
 
 def _check_dependency(cls: Any, earlier_classes: list[Any]) -> None:

@@ -170,7 +170,7 @@ def test_missing_signal_and_unknown_arguments_are_rejected(scores):
 def test_invalid_dates_accounts_and_executors_are_rejected(scores, source):
     with pytest.raises(ConfigError, match="start_time 2020-01-05 is after end_time 2020-01-02"):
         run(scores, source, start_time="2020-01-05", end_time="2020-01-02")
-    with pytest.raises(DataError, match="no bar between"):
+    with pytest.raises(DataError, match="the backtest has no bar between"):
         run(scores, source, start_time="2021-01-05", end_time="2021-01-12")
     with pytest.raises(ConfigError, match="expected an amount of money"):
         run(scores, source, account=-1)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
 
 from qtorch import R
 from qtorch.cli.main import main
+from qtorch.study.sweep import JOB_TAG
+from qtorch.tracking.claims import hold_run
+from qtorch.tracking.locations import claims_folder
+from qtorch.tracking.recorder import remove_running
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +51,47 @@ def test_runs_are_filtered_and_columns_chosen(ids, capsys):
     assert "│" not in table
     assert ids[1][:12] not in run(capsys, 'filter=params.seed = "4"')
     assert run(capsys, "limit=1").count("mine") == 1
+
+
+@pytest.fixture
+def orphan_run(ids) -> str:
+    """The ID of a run that is RUNNING in the store, whose process was killed."""
+    R.start_exp(experiment_name="mine", recorder_name="lost")
+    run_id = str(R.get_recorder().id)
+    remove_running(R.get_recorder())
+    with hold_run(run_id, R.get_uri()):
+        (path,) = claims_folder(R.get_uri()).glob(f"run-{run_id}.json")
+        claim = json.loads(path.read_text())
+    # No process starts one tick after the machine.
+    path.write_text(json.dumps({**claim, "process": [os.getpid(), "1"]}))
+    return run_id
+
+
+def test_run_whose_process_is_gone_counts_as_killed(orphan_run, ids, capsys):
+    table = run(capsys)
+    assert "KILLED (its process is gone)" in table
+    assert f"resume run {orphan_run[:12]}: qtorch train resume={orphan_run}" in table
+    assert orphan_run[:12] in run(capsys, "status=killed", "limit=1")
+    assert orphan_run[:12] not in run(capsys, "status=running")
+    assert R.get_recorder(recorder_id=orphan_run).status == "RUNNING"  # the store is only read
+
+
+def test_run_is_running_as_long_as_its_process_may_live(orphan_run, capsys):
+    (path,) = claims_folder(R.get_uri()).glob(f"run-{orphan_run}.json")
+    claim = {**json.loads(path.read_text()), "machine": "node7 boot pid"}
+    path.write_text(json.dumps(claim))  # touched now, by another machine
+    assert orphan_run[:12] in run(capsys, "status=running")
+    assert "resume" not in run(capsys)
+    os.utime(path, (0, 0))
+    assert "KILLED (its process is gone)" in run(capsys)
+    path.unlink()  # nobody knows of a process
+    assert "RUNNING" in run(capsys)
+    assert "KILLED" not in run(capsys)
+
+
+def test_lost_job_of_a_sweep_is_resumed_with_its_sweep(orphan_run, capsys):
+    R.get_recorder(recorder_id=orphan_run).set_tags(**{f"{JOB_TAG}abc": "{}"})
+    assert f"resume run {orphan_run[:12]}: qtorch sweep resume abc" in run(capsys)
 
 
 def test_wrong_options_are_refused(capsys):

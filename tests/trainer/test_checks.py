@@ -7,8 +7,10 @@ import pytest
 from qtorch.cli.compose import compose_settings
 from qtorch.core.errors import ConfigError, DataError, ExpressionError
 from qtorch.data import SyntheticSource
+from qtorch.model import LightningModel
 from qtorch.record import PortAnaRecord
 from qtorch.record.base import Record
+from qtorch.trainer import task_train
 from qtorch.trainer.checks import check_task
 
 SIGNAL, ANALYSIS = (
@@ -16,6 +18,13 @@ SIGNAL, ANALYSIS = (
     "{_target_: qtorch.record.SigAnaRecord}",
 )
 OWN = "{_target_: test_checks.OwnScores}"
+BACKTEST = "+record.3.config.backtest"
+EXCHANGE = f"{BACKTEST}.exchange_kwargs"
+DATES = "train: [2018-07-01,2019-06-30], valid: [2019-07-01,2019-12-31]"
+
+
+class OwnMarket(SyntheticSource):
+    """A source that knows its names from its bars."""
 
 
 class OwnScores(Record):
@@ -82,6 +91,19 @@ def check(monkeypatch):
         ("callbacks.early_stop.patience=-1", "early_stop.patience is -1"),
         ("callbacks.early_stop=soon", "early_stop is 'soon'; expected null, a patience"),
         ("callbacks.monitor=5", "monitor is 5; expected the name of a metric"),
+        ("~segments.train", "no segment 'train', on which LightningModel is trained. Its segments"),
+        ("~segments.test", "no segment 'test', of which SignalRecord stores the scores"),
+        ("~segments.valid", "no segment 'valid', whose 'valid/loss' early_stop monitors"),
+        ("segments={train: 0.999, valid: 1e-4, test: 1e-4}", "segment test=0.0001 contains no day"),
+        ("+handler.start_time=now and then", "the data of the handler (now and then..None): "),
+        ("+handler.fit_start_time=soon", "the fit window of RobustZScoreNorm (soon.."),
+        (
+            "+handler={fit_start_time: 2019-01-01, fit_end_time: 2020-03-31}",
+            "which reaches beyond the train segment",
+        ),
+        ("+dataset.horizon=-2", "horizon is -2; expected a number of bars, at least 0"),
+        ("task.model=5", "model is 5; expected a model with a method fit"),
+        ("task.dataset=[5]", "dataset is [5]; expected a dataset or its configuration"),
         ("seed=-1", "seed is -1; expected a whole number of at least 0"),
         ("region=uk", "unknown region 'uk'"),
         ("task.record=5", "record is 5; expected a list"),
@@ -106,6 +128,11 @@ def test_wrong_settings(override, message, check):
         ("portfolio.open_cost=abc", "open_cost of Exchange is 'abc'; expected a number"),
         ("portfolio.delisting=zeroo", "Did you mean 'zero'"),
         ("portfolio.as_qlib=maybe", "as_qlib of backtest is 'maybe'; expected true or false"),
+        ("benchmark=300", "the benchmark (an instrument or a universe) 300 is not text"),
+        ("portfolio.account={cash: 1e6, S99: 5}", "unknown instrument of the account 'S99'"),
+        ("universe=[S01,S02]", "topk=50 is more than the 2 instruments"),
+        ("+record.3.config.executor={class: NestedExecutor}", "executor 'NestedExecutor' is not"),
+        ("record.2.segments=[tset]", "segment of SegmentICRecord 'tset'. Did you mean 'test'"),
     ],
 )
 def test_wrong_settings_of_a_backtest(override, message, check):
@@ -120,6 +147,8 @@ def test_wrong_settings_of_a_backtest(override, message, check):
         ("handler.label='Ref($close,-2/$close'", "this parenthesis is never closed"),
         ("handler.label='Reff($close,-2)'", "Did you mean 'Ref'"),
         ("handler.label='Ref($clos,-2)'", "Did you mean 'close'"),
+        ("portfolio.deal_price=clos", "Did you mean 'close'"),
+        ("portfolio.limit_threshold=['$close>$hig','$close<1']", "Did you mean 'high'"),
         (
             "+handler.filter_pipe=[{filter_type: ExpressionDFilter, rule_expression: '$close>'}]",
             "the end|expected",
@@ -128,13 +157,23 @@ def test_wrong_settings_of_a_backtest(override, message, check):
 )
 def test_wrong_expressions(override, message, check):
     with pytest.raises(ExpressionError, match=message):
-        check(override)
+        check("record=full", override)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["universe=stoks"], "unknown universe 'stoks'. Did you mean 'stocks'"),
+        (["universe=[S01,S99]"], "unknown instrument 'S99'. Did you mean 'S29'"),
+        (["universe={S1: [[2019-01-01,2019-12-31]]}"], "unknown instrument 'S1'"),
+        (["record=full", "benchmark=MARKT"], "benchmark .* 'MARKT'. Did you mean 'MARKET'"),
+        (["record=full", "benchmark=[S01,S99]"], "instrument of the benchmark 'S99'"),
+        (["record=full", f"{EXCHANGE}.codes=stoks"], "unknown universe 'stoks'"),
+        (["record=full", f"{EXCHANGE}.codes=[S99]"], "unknown instrument 'S99'"),
+        (["record=full", f"{EXCHANGE}.freq=30min"], "unknown frequency '30min'"),
+        (["record=full", f"{BACKTEST}.start_time=2031-01-01"], "the backtest has no bar between"),
+        ([f"segments={{{DATES}, test: [2025-01-01,2026-01-01]}}"], "segment 'test' .* has no rows"),
+        (["+handler.end_time=2001-12-31"], r"the data of the handler \(None..2001-12-31\) has no"),
         (["data=qlib", "data.provider_uri=nowhere"], "no data folder .*nowhere"),
         (["data=table", "data.path=nowhere.csv"], "no file or folder .*nowhere.csv"),
     ],
@@ -150,6 +189,8 @@ def test_data_that_does_not_exist(overrides, message, check):
     [
         "record=full",
         "record=none",
+        "universe=[S01,S02,S03]",
+        f"segments={{{DATES}, test: [2020-01-01,null]}}",
         f"task.record=[{OWN},{ANALYSIS}]",
         "model.optimizer={lr: 1e-3}",
         "model=tra",
@@ -160,6 +201,30 @@ def test_data_that_does_not_exist(overrides, message, check):
 )
 def test_right_settings(override, check):
     check(override)
+
+
+@pytest.mark.parametrize("benchmark", ["S07", "liquid", "[S07,S08]", "scored", "null"])
+def test_right_benchmarks(benchmark, check):
+    check("record=full", f"benchmark={benchmark}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("benchmark=MARKT", "Did you mean 'MARKET'"),
+        ("portfolio.deal_price=clos", "Did you mean 'close'"),
+    ],
+)
+def test_names_that_only_the_bars_tell_are_checked_before_the_training(
+    override, message, monkeypatch
+):
+    options = ["debug=tiny", "record=full", "data._target_=test_checks.OwnMarket", override]
+    task = compose_settings("train", options)["task"]
+    task["dataset"]["segments"] = {"train": ["2018-07-01", "2019-09-30"], "test": ["2020", "2020"]}
+    task["model"]["early_stop"] = None
+    monkeypatch.setattr(LightningModel, "fit", lambda *_, **__: pytest.fail("a model is trained"))
+    with pytest.raises(DataError, match=message):
+        task_train(task, "exp")
 
 
 def test_the_device_is_that_of_the_machine_that_trains():

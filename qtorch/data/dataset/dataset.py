@@ -76,6 +76,8 @@ class DatasetH(Dataset):
         self.allow_overlap = allow_overlap
         self.segments = self._validate_segments(segments)
         self.fetch_kwargs = dict(resolve_config(fetch_kwargs) or {})
+        if horizon is not None and horizon < 0:
+            raise ConfigError(f"horizon is {horizon}; expected a number of bars, at least 0.")
         self.horizon = horizon
         self.extras: dict[str, Extra] = {
             name: init_instance_by_config(extra, accept_types=Extra)
@@ -100,6 +102,9 @@ class DatasetH(Dataset):
     def check_settings(self) -> None:
         """Raise an error for settings that no samples can be built with; no data is loaded."""
         self.handler.check_settings()
+        for name, (start, end) in self.segments.items():
+            self.handler.check_dates(start, end, f"segment {name!r}")
+        self._bind_handler().check_fit_windows()
 
     # -- data ----------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from qtorch.core.dates import as_stamp, last_instant
-from qtorch.core.errors import ConfigError, DataError, format_count, unknown_name_message
+from qtorch.core.errors import (
+    ConfigError,
+    DataError,
+    format_count,
+    join_names,
+    unknown_name_message,
+)
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.extras import Extra, Gatherable
 from qtorch.data.dataset.reweighter import Reweighter, validate_weights
@@ -600,6 +606,15 @@ def check_segments(segments: Mapping[str, tuple[Any, Any]]) -> None:
                 "was trained on. Both ends of a segment are inclusive: end one on the day (or the "
                 "bar) before the other starts."
             )
+
+
+def require_segment(name: str, segments: Collection[str], purpose: str) -> None:
+    """Raise ConfigError if a dataset has no segment of this name; `purpose` says what needs it."""
+    if name not in segments:
+        raise ConfigError(
+            f"the dataset has no segment {name!r}, {purpose}. Its segments: "
+            f"{join_names(sorted(segments)) or 'none'}; set segments.{name} to its dates."
+        )
 
 
 def _edge_text(edge: pd.Timestamp) -> str:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import pandas as pd
 
 from qtorch.core.configured import Configured, copy_attributes
+from qtorch.core.dates import date_rows
 from qtorch.core.errors import ConfigError, DataError, NotFittedError, unknown_name_message
 from qtorch.core.serial import Serializable, State
 from qtorch.core.session import session
@@ -29,6 +30,7 @@ from qtorch.data.handler.fetch import (
 from qtorch.data.handler.loader import DataChange, DataLoader, StaticDataLoader, build_loader
 from qtorch.data.panel.frames import index_frame
 from qtorch.data.panel.infinite import infinity_policy
+from qtorch.data.panel.panel import coverage_dates
 from qtorch.data.panel.view import View
 from qtorch.data.processor import pipeline
 from qtorch.data.processor.base import Names, Processor, column_names
@@ -210,6 +212,35 @@ class DataHandler(Configured, Serializable):
         self.data_loader.check_settings(self.instruments, self.source)
         if self.source is None and self.data_loader.needs_source():
             default_source()
+        self.check_dates(self.start_time, self.end_time, "the data of the handler")
+
+    def check_fit_windows(self) -> None:
+        """Raise an error for dates that processors cannot be fitted on; nothing is loaded.
+
+        The train segment is known by now, see `bind_train_segment`.
+        """
+
+    def find_calendar(self) -> pd.DatetimeIndex | None:
+        """Return the calendar of the data; None if only loading the data can tell."""
+        return self.data_loader.find_calendar(self.source)
+
+    def check_dates(self, start: Any, end: Any, name: str) -> None:
+        """Raise DataError if the data is known to have no date from `start` to `end`, inclusive.
+
+        `name`: what has these dates, for the message. Raises ConfigError for what is not a date.
+        Nothing is loaded.
+        """
+        calendar = self.find_calendar()
+        dates = pd.DatetimeIndex([]) if calendar is None else calendar
+        try:
+            rows = date_rows(dates, start, end)
+        except DataError as error:
+            raise ConfigError(f"{name} ({start}..{end}): {error}") from error
+        dates = dates[rows]
+        dates = dates[date_rows(dates, self.start_time, self.end_time)]
+        if calendar is not None and not len(dates):
+            coverage = coverage_dates(calendar[date_rows(calendar, self.start_time, self.end_time)])
+            raise DataError(f"{name} ({start}..{end}) has no rows; the data has {coverage}.")
 
     def get_loaded_view(self) -> View | None:
         """Return the raw data as far as it is loaded; its columns may be only those needed."""
@@ -386,6 +417,15 @@ class DataHandlerLP(DataHandler):
             inference = [*self.shared_processors, *self.infer_processors]
             pipeline.check_names(self.get_all_processors() if is_append else inference, names)
 
+    def check_fit_windows(self) -> None:
+        for processor in self.get_all_processors():
+            window = self._processor_window(processor)
+            if window is not None:
+                self.check_dates(*window, f"the fit window of {type(processor).__name__}")
+        calendar = self.find_calendar()
+        if calendar is not None:
+            self._check_windows(calendar[date_rows(calendar, self.start_time, self.end_time)])
+
     def get_all_processors(self) -> list[Processor]:
         """Return the shared, infer and learn processors, in this order."""
         return [*self.shared_processors, *self.infer_processors, *self.learn_processors]
@@ -452,7 +492,7 @@ class DataHandlerLP(DataHandler):
             self._find_needed_columns(column_names(raw))
         fit, window = not self.is_fitted, self._fit_window()
         if fit:
-            self._check_windows(raw)
+            self._check_windows(raw.calendar)
         shared_view = pipeline.run(raw, self.shared_processors, fit=fit, window=window)
         infer = pipeline.run(shared_view, self.infer_processors, fit=fit, window=window)
         self._raw = _select_label(raw) if self.drop_raw else raw
@@ -497,7 +537,7 @@ class DataHandlerLP(DataHandler):
         if self.is_frozen or self.from_cast:
             return
         if self._infer is not None:
-            self._check_windows(self._infer)
+            self._check_windows(self._infer.calendar)
         if any(
             p.has_fit_window() and not self._has_explicit_window(p)
             for p in self.get_all_processors()
@@ -520,17 +560,23 @@ class DataHandlerLP(DataHandler):
             end if self.fit_end_time is None else self.fit_end_time,
         )
 
-    def _check_windows(self, view: View) -> None:
+    def _processor_window(self, processor: Processor) -> DateSpan | None:
+        """Return the dates that a processor is fitted on; None without a fit or without dates."""
+        if not processor.has_fit_window():
+            return None
+        if pipeline.has_own_window(processor):
+            return DateSpan(processor.fit_start_time, processor.fit_end_time)
+        return self._fit_window()
+
+    def _check_windows(self, calendar: pd.DatetimeIndex) -> None:
         if self._train is None:
             return
         for processor in self.get_all_processors():
-            window = self._fit_window()
-            if pipeline.has_own_window(processor):
-                window = DateSpan(processor.fit_start_time, processor.fit_end_time)
-            if processor.has_fit_window() and window is not None:
+            window = self._processor_window(processor)
+            if window is not None:
                 processor_name = type(processor).__name__
                 pipeline.check_window(
-                    view.calendar, window, self._train, processor_name, self.allow_wide_fit
+                    calendar, window, self._train, processor_name, self.allow_wide_fit
                 )
 
     def fit(self) -> None:

@@ -22,7 +22,6 @@ from qtorch.core.tables import is_frame, not_text_message
 from qtorch.core.trust import trust_subclasses
 from qtorch.data.expression import evaluate, expression_fields
 from qtorch.data.expression.requirement import (
-    check_fields,
     is_cross_sectional,
     join_reaches,
     max_reach,
@@ -119,6 +118,10 @@ class DataLoader(Configured, ABC):
         """Whether the loader reads a source of bars and has none of its own."""
         return False
 
+    def find_calendar(self, source: Source | None = None) -> pd.DatetimeIndex | None:
+        """Return the dates that loaded data may have; None if only loading it can tell."""
+        return None
+
     def bind_train_segment(self, start: Any, end: Any) -> bool:
         """Set the dataset's train segment for handlers that the loader reads, if it reads any.
 
@@ -209,8 +212,14 @@ class QlibDataLoader(DataLoader):
     def needs_source(self) -> bool:
         return self._own_source is None
 
+    def find_calendar(self, source: Source | None = None) -> pd.DatetimeIndex | None:
+        source = self._own_source or source
+        if source is None or not source.knows_names:
+            return None
+        return source.read_calendar(source.resolve_frequency(self.freq))
+
     def check_settings(self, instruments: Any = None, source: Source | None = None) -> None:
-        """Parse all expressions; check the names of fields and of the universe if known."""
+        """Parse all expressions; check the names of fields, universe, instruments if known."""
         rules = [rule for each in self._filters for rule in each.expressions()]
         expressions = [*(e for part in self._fields.values() for e in part.values()), *rules]
         max_reach(expressions)
@@ -218,12 +227,8 @@ class QlibDataLoader(DataLoader):
         if source is None or not source.knows_names:
             return
         source = self.field_source(source, self._fields)
-        names = expression_fields(expressions)
-        if len(source.find_fields(names, self.freq)) < len(names):
-            check_fields(expressions, source.fields(self.freq))
-        universe, _ = _split_universe("all" if instruments is None else instruments)
-        if isinstance(universe, str) or not isinstance(universe, Iterable):
-            source.resolve_universe(universe)
+        source.check_expressions(expressions, self.freq)
+        source.check_instruments(_split_universe("all" if instruments is None else instruments)[0])
 
     def change_data(self, change: DataChange) -> DataLoader:
         loader = copy.copy(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -65,9 +65,10 @@ class Source(Configured, ABC):
 
     @property
     def knows_names(self) -> bool:
-        """Whether the names of fields and universes are known without reading all bars.
+        """Whether names and the calendar are known without reading all bars.
 
-        Wrong names in a configuration are then errors before the data is read.
+        The names are those of fields, universes and instruments. Wrong names and dates in a
+        configuration are then errors before the data is read.
         """
         return False
 
@@ -295,6 +296,22 @@ class Source(Configured, ABC):
         if isinstance(name, str) and name.lower() in stored_names and name not in stored_names:
             return name.lower()
         return find_stored_name(name, stored_names, "universe")
+
+    def check_expressions(self, expressions: Collection[str], freq: str | None = None) -> None:
+        """Raise ExpressionError for a field in expressions that is not stored."""
+        names = expression_fields(expressions)
+        if len(self.find_fields(names, freq)) < len(names):
+            check_fields(expressions, self.fields(freq))
+
+    def check_instruments(self, instruments: Instruments) -> None:
+        """Raise DataError for a universe or an instrument that the source does not have.
+
+        Raises ConfigError for a name that is not text.
+        """
+        if isinstance(instruments, str) or not isinstance(instruments, Iterable):
+            self.resolve_universe(instruments)
+        else:
+            self._parse_instruments(instruments)
 
     def _drop_missing_instruments(self, names: list[str], freq: str) -> list[str]:
         """Return the names that have bars; a source may drop others with a warning."""

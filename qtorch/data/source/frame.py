@@ -157,6 +157,10 @@ class FrameSource(PanelSource):
         self.freq = self.frequencies()[0]
         _check_bars(self.freq, self._panel.calendar)
 
+    @property
+    def knows_names(self) -> bool:
+        return True
+
     def panel(self) -> Panel:
         return self._panel
 

@@ -331,6 +331,21 @@ class SyntheticSource(PanelSource):
     def knows_names(self) -> bool:
         return type(self) is SyntheticSource  # a subclass may have others
 
+    def read_calendar(self, freq: str) -> pd.DatetimeIndex:
+        if not self.knows_names:
+            return super().read_calendar(freq)
+        self._check_frequency(freq)
+        return self._dates
+
+    def instrument_names(self) -> frozenset[str]:
+        if not self.knows_names:
+            return super().instrument_names()
+        return frozenset([BENCHMARK, *self._stock_names()])
+
+    def _stock_names(self) -> list[str]:
+        num = self.num_instruments
+        return [f"S{k:0{len(str(num - 1))}d}" for k in range(num)]
+
     def fields(self, freq: str | None = None) -> tuple[str, ...]:
         if not self.knows_names:
             return super().fields(freq)
@@ -399,7 +414,7 @@ class SyntheticSource(PanelSource):
         prices = {name: values * level for name, values in bars.items()}
         stocks = _stock_fields(prices, shocks.volume, life)
         index = _benchmark(stocks, life)
-        names = [f"S{k:0{len(str(num - 1))}d}" for k in range(num)]
+        names = self._stock_names()
         turnover = np.nan_to_num(stocks["volume"] * stocks["vwap"])
         is_liquid = liquid_members(turnover, life.is_listed, max(1, (2 * num) // 3))
         panel = _panel(stocks, index, life, self._dates, names)

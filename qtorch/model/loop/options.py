@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -34,6 +34,7 @@ from qtorch.core.errors import ArgumentError, ConfigError, check_name, unknown_n
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.runtime import is_notebook, resolve_device
 from qtorch.core.trust import StoredText
+from qtorch.data.dataset.samples import require_segment
 from qtorch.model.loop.callbacks import BatchProgressBar, NotebookProgressBar
 from qtorch.model.loop.checkpoint import AtomicCheckpointIO
 from qtorch.model.loop.factories import component_list
@@ -302,6 +303,17 @@ def check_validation(early_stop: Any, monitor: str, options: TrainerOptions) -> 
         raise ConfigError(
             f"early_stop monitors {name!r}, but limit_val_batches=0 turns validation off: set "
             "early_stop to null (callbacks=no_stop), or remove limit_val_batches."
+        )
+
+
+def check_valid_segment(early_stop: Any, monitor: str, segments: Collection[str]) -> None:
+    """Raise ConfigError if early stopping needs a segment "valid" that the dataset has not."""
+    callback, name, _ = build_early_stopping(early_stop, monitor)
+    if callback is not None and name.startswith("valid/"):
+        require_segment(
+            "valid",
+            segments,
+            f"whose {name!r} early_stop monitors (callbacks=no_stop does without)",
         )
 
 

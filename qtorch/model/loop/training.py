@@ -57,6 +57,7 @@ from qtorch.model.loop.options import (
     build_trainer,
     check_callbacks,
     check_monitor,
+    check_valid_segment,
     is_sharding,
     limit_batches,
     resolve_inner_steps,
@@ -138,10 +139,8 @@ class Training:
         if not self.is_user_module:
             check_monitor(monitor)
             check_callbacks(recipe.trainer)
-        if early_stopping is not None and self.valid is None and monitor.startswith("valid/"):
-            raise ConfigError(
-                f"early_stop monitors {monitor!r}, but the dataset has no segment 'valid'."
-            )
+        if self.valid is None:
+            check_valid_segment(recipe.early_stop, recipe.monitor, ("train",))
         every_n_steps = recipe.checkpoint.get("every_n_steps")
         if every_n_steps is not None:
             every_n_steps = -(-int(every_n_steps) // options.accumulate) * options.accumulate

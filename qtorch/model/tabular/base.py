@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from qtorch.core.errors import ConfigError, NotFittedError
 from qtorch.core.serial import State
 from qtorch.data.dataset.qlib_dataset import get_samples
-from qtorch.data.dataset.samples import Samples
+from qtorch.data.dataset.samples import Samples, require_segment
 from qtorch.data.panel.infinite import check_processed_columns
 from qtorch.model.base import SCORE, Model
 from qtorch.model.input_schema import InputSchema, check_labels, load_training_samples
@@ -42,6 +42,9 @@ class TabularModel(Model):
     """
 
     feature_names_: tuple[str, ...] | None = None
+
+    def check_segment_names(self, names: Collection[str]) -> None:
+        require_segment("train", names, f"on which {type(self).__name__} is trained")
 
     def predict(self, dataset: Any, segment: str | slice = "test") -> pd.Series:
         """Return the scores of a segment, each sample once.
