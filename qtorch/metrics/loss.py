@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,8 +70,12 @@ class Loss(BaseLoss):
     Other shapes raise ValueError, because broadcasting `[B, 1]` against `[B]` would silently
     compare every score with every label (`[B, B]`).
 
-    Subclasses implement `elementwise`.
+    Subclasses implement `elementwise`. One that sets `is_zero_without_error` promises that the loss
+    of an element whose score equals its target is zero: then elements without a label need no
+    weight of zero.
     """
+
+    is_zero_without_error: ClassVar[bool] = False
 
     @abstractmethod
     def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
@@ -93,10 +97,13 @@ class Loss(BaseLoss):
         score = validate_score(score, target)
         if complete:
             return self.total(score, target.to(score.dtype)), target.numel()
-        valid, weights = valid_and_weight(target, weight, mask)
+        valid, weight_dtype = has_label(target, mask), _weight_dtype(target)
         # Replace NaN before the loss is computed: a NaN times zero still has a NaN gradient.
         is_missing = ~valid
         score, target = (values.masked_fill(is_missing, 0.0) for values in (score, target))
+        if weight is None and self.is_zero_without_error:
+            return self.total(score, target.to(score.dtype)), valid.sum(dtype=weight_dtype)
+        weights = _weights(valid, weight, weight_dtype)
         return (self.elementwise(score, target.to(score.dtype)) * weights).sum(), weights.sum()
 
 
@@ -117,12 +124,16 @@ class FunctionalLoss(Loss):
 class MSE(FunctionalLoss):
     """Mean squared error."""
 
+    is_zero_without_error = True
+
     def compute(self, score: Tensor, target: Tensor, reduction: str) -> Tensor:
         return F.mse_loss(score, target, reduction=reduction)
 
 
 class MAE(FunctionalLoss):
     """Mean absolute error."""
+
+    is_zero_without_error = True
 
     def compute(self, score: Tensor, target: Tensor, reduction: str) -> Tensor:
         return F.l1_loss(score, target, reduction=reduction)
@@ -133,6 +144,8 @@ class Huber(FunctionalLoss):
 
     Huber, "Robust Estimation of a Location Parameter", 1964.
     """
+
+    is_zero_without_error = True
 
     def __init__(self, delta: float = 1.0) -> None:
         super().__init__()
@@ -437,13 +450,24 @@ def valid_and_weight(
     target: Tensor, weight: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`(valid, weight)` in the target's shape: bool mask of labelled elements, and their weight."""
-    valid = ~torch.isnan(target)
-    if mask is not None:
-        valid = valid & broadcast_weight(mask, target, "mask")
-    weights = valid.to(torch.float64 if target.dtype == torch.float64 else torch.float32)
-    if weight is not None:
-        weights = weights * broadcast_weight(weight, target, "weight")
-    return valid, weights
+    valid = has_label(target, mask)
+    return valid, _weights(valid, weight, _weight_dtype(target))
+
+
+def has_label(target: Tensor, mask: Tensor | None) -> Tensor:
+    """Return which elements have a label and are in the mask, bool in the target's shape."""
+    valid = target == target  # not NaN, in one operation
+    return valid if mask is None else valid & broadcast_weight(mask, target, "mask")
+
+
+def _weight_dtype(target: Tensor) -> torch.dtype:
+    return torch.float64 if target.dtype == torch.float64 else torch.float32
+
+
+def _weights(valid: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the weight of each element, 0 if it is not `valid`."""
+    weights = valid.to(dtype)
+    return weights if weight is None else weights * broadcast_weight(weight, valid, "weight")
 
 
 def broadcast_weight(values: Tensor, score: Tensor, name: str) -> Tensor:
