@@ -260,7 +260,8 @@ class Samples:
         # One copy for all of them: the mask's bytes as integers after the others.
         mask_numbers = torch.nn.functional.pad(mask, (0, -count % 8)).view(torch.int64)
         indices = send_to_device(torch.cat((rows, padding, mask_numbers)), self.index_device)
-        rows, padding, mask_numbers = indices.split((count, len(padding), len(mask_numbers)))
+        sizes = [count, len(padding), len(mask_numbers)]
+        rows, padding, mask_numbers = torch.split(indices, sizes)
         mask = mask_numbers.view(torch.bool)[:count]
         batch = self._gather(rows, padding, mask).unflatten(len(days), width)
         batch.num_samples = num_samples

@@ -77,6 +77,36 @@ class _CosineSimilarities(torch.autograd.Function):
         return x_gradient.to(ctx.saved_tensors[0].dtype), y_gradient.to(ctx.saved_tensors[1].dtype)
 
 
+class _OwnSimilarities(torch.autograd.Function):
+    """`_CosineSimilarities` of `x` with itself: both gradients are one, and so are both lengths."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        product_of_lengths = length @ length.transpose(-1, -2) + 1e-6
+        return x @ x.transpose(-1, -2) / product_of_lengths, length, product_of_lengths
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> Tensor | None:
+        if gradient is None:
+            return None
+        x, cosine, length, product_of_lengths = ctx.saved_tensors
+        to_product = gradient / product_of_lengths
+        to_product = to_product + to_product.transpose(-1, -2)
+        to_lengths = to_product * cosine  # with the other sign
+        return torch.addcmul(
+            to_product @ x, (to_lengths @ length) / _positive(length), x, value=-1
+        )
+
+
 def _positive(length: Tensor) -> Tensor:
     """Return the lengths, to divide by: what is divided by a length of zero is zero itself."""
     return length.clamp(min=torch.finfo(length.dtype).tiny)
@@ -89,6 +119,12 @@ def exact_similarities(x: Tensor, y: Tensor) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         return cosine_similarities(x.float(), y.float())
+
+
+def own_similarities(x: Tensor) -> Tensor:
+    """Return `exact_similarities` of each pair within `x [..., N, H]`: `[..., N, N]`."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _OwnSimilarities.apply(x.float())[0]  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):

@@ -129,7 +129,7 @@ class AttentionBlock(nn.Module):
         # One product for the three of them.
         weight = torch.cat([layer.weight for layer in (self.qtrans, self.ktrans, self.vtrans)])
         query, key, value = (
-            part.unflatten(-1, (self.nhead, -1)).transpose(1, 2)  # [B, A, L, H / A]
+            part.reshape(*x.shape[:2], self.nhead, -1).transpose(1, 2)  # [B, A, L, H / A]
             for part in F.linear(x, weight).chunk(3, -1)
         )
         attention = F.scaled_dot_product_attention(
