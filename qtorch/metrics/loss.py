@@ -264,15 +264,19 @@ class Combined(BaseLoss):
         part_sums = [cast(BaseLoss, loss).sums(score, target, weight, mask) for loss in self.parts]
         weight_sums = [torch.as_tensor(weight) for _, weight in part_sums]
         count: Tensor | int
-        count = target.numel() if complete else valid_and_weight(target, None, mask)[0].sum()
+        count = target.numel() if complete else has_label(target, mask).sum()
         total_count = count
         if self.sum_over_ranks is not None and self.training:
             counts = [torch.as_tensor(count).to(weight_sums[0]), *weight_sums]
             total_count, *weight_sums = self.sum_over_ranks(torch.stack(counts)).unbind()
-        mean = score.new_zeros(())
-        for share, (total, _), weight_sum in zip(self.shares, part_sums, weight_sums, strict=True):
-            mean = mean + share * mean_from_sums(total, weight_sum)
-        return mean * total_count, count
+        means = [
+            mean if share == 1 else share * mean
+            for share, (total, _), weight_sum in zip(
+                self.shares, part_sums, weight_sums, strict=True
+            )
+            for mean in [mean_from_sums(total, weight_sum)]
+        ]
+        return sum(means[1:], means[0]) * total_count, count
 
 
 class DayLoss(BaseLoss):
@@ -315,9 +319,9 @@ class DayLoss(BaseLoss):
         score = score.masked_fill(is_missing, 0.0)
         target = target.masked_fill(is_missing, 0.0).to(score.dtype)
         score, target, valid, share = (_flatten_labels(t) for t in (score, target, valid, share))
-        has_loss = valid.sum(1) >= 2
-        loss = self.day_losses(score, target, valid, share)
-        return torch.where(has_loss, loss, 0.0).sum(), has_loss.sum().to(loss.dtype)
+        is_too_small = valid.sum(1) < 2
+        loss = self.day_losses(score, target, valid, share).masked_fill(is_too_small, 0.0)
+        return loss.sum(), (~is_too_small).sum(dtype=loss.dtype)
 
 
 class IC(DayLoss):

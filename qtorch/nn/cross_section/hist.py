@@ -67,7 +67,8 @@ class HIST(Network):
         own = residual - self.fc_is_back(hidden)
         # One product for the last layers of the three modules.
         layers = self.fc_es_fore, self.fc_is_fore, self.fc_indi
-        weights, biases = (torch.stack(w) for w in zip(*(a.parameters() for a in layers)))
+        weights = torch.stack([layer.weight for layer in layers])
+        biases = torch.stack([layer.bias for layer in layers])
         inputs = torch.stack((explicit, hidden, own)).flatten(1, 2)  # [3, G * N, H]
         parts = torch.baddbmm(biases[..., None], weights, inputs.transpose(1, 2))  # [3, H, G * N]
         return self.scores(self.fc_out(F.leaky_relu(parts).sum(0).t()).unflatten(0, x.shape[:2]))
