@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,8 +70,12 @@ class Loss(BaseLoss):
     Other shapes raise ValueError, because broadcasting `[B, 1]` against `[B]` would silently
     compare every score with every label (`[B, B]`).
 
-    Subclasses implement `elementwise`.
+    Subclasses implement `elementwise`. One that sets `is_zero_without_error` promises that the loss
+    of an element whose score equals its target is zero: then elements without a label need no
+    weight of zero.
     """
+
+    is_zero_without_error: ClassVar[bool] = False
 
     @abstractmethod
     def elementwise(self, score: Tensor, target: Tensor) -> Tensor:
@@ -93,10 +97,13 @@ class Loss(BaseLoss):
         score = validate_score(score, target)
         if complete:
             return self.total(score, target.to(score.dtype)), target.numel()
-        valid, weights = valid_and_weight(target, weight, mask)
+        valid, weight_dtype = has_label(target, mask), _weight_dtype(target)
         # Replace NaN before the loss is computed: a NaN times zero still has a NaN gradient.
         is_missing = ~valid
         score, target = (values.masked_fill(is_missing, 0.0) for values in (score, target))
+        if weight is None and self.is_zero_without_error:
+            return self.total(score, target.to(score.dtype)), valid.sum(dtype=weight_dtype)
+        weights = _weights(valid, weight, weight_dtype)
         return (self.elementwise(score, target.to(score.dtype)) * weights).sum(), weights.sum()
 
 
@@ -117,12 +124,16 @@ class FunctionalLoss(Loss):
 class MSE(FunctionalLoss):
     """Mean squared error."""
 
+    is_zero_without_error = True
+
     def compute(self, score: Tensor, target: Tensor, reduction: str) -> Tensor:
         return F.mse_loss(score, target, reduction=reduction)
 
 
 class MAE(FunctionalLoss):
     """Mean absolute error."""
+
+    is_zero_without_error = True
 
     def compute(self, score: Tensor, target: Tensor, reduction: str) -> Tensor:
         return F.l1_loss(score, target, reduction=reduction)
@@ -133,6 +144,8 @@ class Huber(FunctionalLoss):
 
     Huber, "Robust Estimation of a Location Parameter", 1964.
     """
+
+    is_zero_without_error = True
 
     def __init__(self, delta: float = 1.0) -> None:
         super().__init__()
@@ -251,15 +264,19 @@ class Combined(BaseLoss):
         part_sums = [cast(BaseLoss, loss).sums(score, target, weight, mask) for loss in self.parts]
         weight_sums = [torch.as_tensor(weight) for _, weight in part_sums]
         count: Tensor | int
-        count = target.numel() if complete else valid_and_weight(target, None, mask)[0].sum()
+        count = target.numel() if complete else has_label(target, mask).sum()
         total_count = count
         if self.sum_over_ranks is not None and self.training:
             counts = [torch.as_tensor(count).to(weight_sums[0]), *weight_sums]
             total_count, *weight_sums = self.sum_over_ranks(torch.stack(counts)).unbind()
-        mean = score.new_zeros(())
-        for share, (total, _), weight_sum in zip(self.shares, part_sums, weight_sums, strict=True):
-            mean = mean + share * mean_from_sums(total, weight_sum)
-        return mean * total_count, count
+        means = [
+            mean if share == 1 else share * mean
+            for share, (total, _), weight_sum in zip(
+                self.shares, part_sums, weight_sums, strict=True
+            )
+            for mean in [mean_from_sums(total, weight_sum)]
+        ]
+        return sum(means[1:], means[0]) * total_count, count
 
 
 class DayLoss(BaseLoss):
@@ -302,9 +319,9 @@ class DayLoss(BaseLoss):
         score = score.masked_fill(is_missing, 0.0)
         target = target.masked_fill(is_missing, 0.0).to(score.dtype)
         score, target, valid, share = (_flatten_labels(t) for t in (score, target, valid, share))
-        has_loss = valid.sum(1) >= 2
-        loss = self.day_losses(score, target, valid, share)
-        return torch.where(has_loss, loss, 0.0).sum(), has_loss.sum().to(loss.dtype)
+        is_too_small = valid.sum(1) < 2
+        loss = self.day_losses(score, target, valid, share).masked_fill(is_too_small, 0.0)
+        return loss.sum(), (~is_too_small).sum(dtype=loss.dtype)
 
 
 class IC(DayLoss):
@@ -437,13 +454,24 @@ def valid_and_weight(
     target: Tensor, weight: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`(valid, weight)` in the target's shape: bool mask of labelled elements, and their weight."""
-    valid = ~torch.isnan(target)
-    if mask is not None:
-        valid = valid & broadcast_weight(mask, target, "mask")
-    weights = valid.to(torch.float64 if target.dtype == torch.float64 else torch.float32)
-    if weight is not None:
-        weights = weights * broadcast_weight(weight, target, "weight")
-    return valid, weights
+    valid = has_label(target, mask)
+    return valid, _weights(valid, weight, _weight_dtype(target))
+
+
+def has_label(target: Tensor, mask: Tensor | None) -> Tensor:
+    """Return which elements have a label and are in the mask, bool in the target's shape."""
+    valid = target == target  # not NaN, in one operation
+    return valid if mask is None else valid & broadcast_weight(mask, target, "mask")
+
+
+def _weight_dtype(target: Tensor) -> torch.dtype:
+    return torch.float64 if target.dtype == torch.float64 else torch.float32
+
+
+def _weights(valid: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the weight of each element, 0 if it is not `valid`."""
+    weights = valid.to(dtype)
+    return weights if weight is None else weights * broadcast_weight(weight, valid, "weight")
 
 
 def broadcast_weight(values: Tensor, score: Tensor, name: str) -> Tensor:

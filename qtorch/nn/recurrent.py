@@ -37,16 +37,17 @@ class LSTMLayers(nn.LSTM):
     def forward(  # type: ignore[override]  # torch also declares packed sequences
         self, x: Tensor, hx: LSTMState | None = None
     ) -> tuple[Tensor, LSTMState]:
-        if is_stacked():
-            zeros = x.new_zeros(self.num_layers, len(x), self.hidden_size)
-            states, (h, c) = _run_layers(self, _lstm_step, x, hx or (zeros, zeros))
-            return states, (h, c)
-        if _lacks_half_precision(x):
+        if not is_stacked() and _lacks_half_precision(x):
             with torch.autocast("cpu", enabled=False):
                 return self.forward(x.float(), hx)
+        if hx is None:  # torch would fill two tensors with zeros
+            zeros = x.new_zeros(self.num_layers, x.shape[0], self.hidden_size)
+            hx = zeros, zeros
+        if is_stacked():
+            states, (h, c) = _run_layers(self, _lstm_step, x, hx)
+            return states, (h, c)
         if has_own_dropout(self):
-            zeros = x.new_zeros(self.num_layers, len(x), self.hidden_size)
-            states, (h, c) = _run_kernels(self, torch.lstm, x, hx or (zeros, zeros))
+            states, (h, c) = _run_kernels(self, torch.lstm, x, hx)
             return states, (h, c)
         return super().forward(x, hx)
 

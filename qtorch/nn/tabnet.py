@@ -240,7 +240,7 @@ def sparsemax(scores: Tensor) -> Tensor:
     Martins and Astudillo, "From Softmax to Sparsemax", ICML 2016.
     """
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    return _Sparsemax.apply(scores)[0]  # type: ignore[no-untyped-call]  # untyped in torch
+    return _Sparsemax.apply(scores)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 class _Sparsemax(torch.autograd.Function):
@@ -249,28 +249,26 @@ class _Sparsemax(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(scores: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(scores: Tensor) -> Tensor:
         scores = scores - scores.amax(-1, keepdim=True)
         sorted_scores = scores.sort(-1, descending=True).values
-        surplus = cumulative_sum(sorted_scores) - 1
         count = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
-        # At least one, also where scores are NaN.
-        size = (count * sorted_scores > surplus).sum(-1, keepdim=True).clamp(min=1)
-        return F.relu(scores - surplus.gather(-1, size - 1) / size), size
+        # The threshold that leaves a sum of one among the largest k scores is highest for the k
+        # that the projection selects.
+        threshold = ((cumulative_sum(sorted_scores) - 1) / count).amax(-1, keepdim=True)
+        return F.relu(scores - threshold)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output)
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None, _: None) -> Tensor | None:
-        if gradient is None:
-            return None
-        projection, size = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (projection,) = ctx.saved_tensors
         is_selected = (projection > 0).to(gradient.dtype)
         gradient = gradient * is_selected
+        # At least one is selected, also where scores are NaN.
+        size = is_selected.sum(-1, keepdim=True).clamp(min=1)
         mean = gradient.sum(-1, keepdim=True) / size
         return torch.addcmul(gradient, mean, is_selected, value=-1)
 

@@ -6,6 +6,7 @@ import torch
 
 from qtorch.nn.recurrent import GRULayers, LSTMLayers, run_steps, split_uses
 from qtorch.nn.temporal.mamba import scan
+from qtorch.nn.temporal.sfm import _iterate_steps, _Recurrence
 
 
 def test_scan_and_its_gradient_follow_the_recurrence() -> None:
@@ -43,3 +44,24 @@ def test_each_step_is_a_linear_map_of_the_last_steps_output() -> None:
             torch.testing.assert_close(steps[:, t], step)
         gradients = torch.autograd.grad(steps.square().sum(), list(layers.parameters()))
         assert all(g.abs().sum() > 0 for g in gradients)
+
+
+def test_recurrence_of_sfm_has_the_gradient_of_its_steps() -> None:
+    torch.manual_seed(0)
+    count, steps, hidden, frequencies = 2, 3, 4, 2
+    width = 4 * hidden + frequencies
+    inputs, recur = torch.randn(count, steps, width), torch.randn(hidden, width)
+    waves, bias = torch.rand(steps, 2, frequencies), torch.randn(hidden)
+    mask = torch.tensor([0.0, 1.0]).repeat(count, hidden // 2)
+    tensors = inputs, waves, recur, torch.rand(2 * frequencies), bias, mask
+    arguments = [t.double().requires_grad_(t is not waves and t is not mask) for t in tensors]
+    for state_mask in (None, arguments[-1]):
+        *_, (expected, *_) = _iterate_steps(*arguments[:-1], state_mask)
+        torch.testing.assert_close(_Recurrence.apply(*arguments[:-1], state_mask)[0], expected)
+        leaves = [a for a in arguments if a.requires_grad]
+        gradients = torch.autograd.grad(expected.square().sum(), leaves)
+        state = _Recurrence.apply(*arguments[:-1], state_mask)[0]
+        for gradient, other in zip(
+            torch.autograd.grad(state.square().sum(), leaves), gradients, strict=True
+        ):
+            torch.testing.assert_close(gradient, other)

@@ -237,7 +237,8 @@ class Samples:
         if size is None:
             return self._gather(rows)
         padding = torch.arange(count, size, device=rows.device)
-        batch = self._gather(torch.nn.functional.pad(rows, (0, size - count)), padding)
+        mask = torch.arange(size, device=rows.device) < count
+        batch = self._gather(torch.nn.functional.pad(rows, (0, size - count)), padding, mask)
         batch.num_samples = count
         return batch
 
@@ -258,16 +259,24 @@ class Samples:
         # The host computes which rows are padding, so it does not wait for the device.
         offsets = torch.arange(width)
         is_sample = offsets < counts[:, None]
-        padding = torch.nonzero(~is_sample.reshape(-1))[:, 0]
+        mask = is_sample.reshape(-1)
+        padding = torch.nonzero(~mask)[:, 0]
         rows = (self._day_starts[days][:, None] + offsets * is_sample).reshape(-1)
-        indices = send_to_device(torch.cat((rows, padding)), self.index_device)
         count = len(rows)
-        batch = self._gather(indices[:count], indices[count:]).unflatten(len(days), width)
+        # One copy for all of them: the mask's bytes as integers after the others.
+        mask_numbers = torch.nn.functional.pad(mask, (0, -count % 8)).view(torch.int64)
+        indices = send_to_device(torch.cat((rows, padding, mask_numbers)), self.index_device)
+        sizes = [count, len(padding), len(mask_numbers)]
+        rows, padding, mask_numbers = torch.split(indices, sizes)
+        mask = mask_numbers.view(torch.bool)[:count]
+        batch = self._gather(rows, padding, mask).unflatten(len(days), width)
         batch.num_samples = num_samples
         return batch
 
-    def _gather(self, rows: Tensor, padding: Tensor | None = None) -> Batch:
-        """Gather the samples `rows`; `padding` are positions in the batch to blank and mask."""
+    def _gather(
+        self, rows: Tensor, padding: Tensor | None = None, mask: Tensor | None = None
+    ) -> Batch:
+        """Gather the samples `rows`; `padding` are positions to blank, where `mask` is False."""
         table = self._get_table()
         date, instrument, *storage = table.indices(rows)
         if len(storage) == 1:
@@ -277,15 +286,12 @@ class Samples:
             x = self.feature_pack.gather(window_date, window_instrument, self.step_len, self.fill)
         extra = {name: source.gather(date, instrument) for name, source in self.extras.items()}
         y, raw_label, weight = table.values(rows)
-        mask = None
         if padding is not None:
             floats = [e for e in extra.values() if e.is_floating_point()]
             for filler, values in ((0.0, [x, weight, *floats]), (torch.nan, [y, raw_label])):
                 for value in values:
                     if value is not None:
                         value.index_fill_(0, padding, filler)
-            mask = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-            mask.index_fill_(0, padding, False)
         if raw_label is not None:
             extra["raw_label"] = raw_label
         return Batch(

@@ -33,7 +33,7 @@ class DayLabel:
         """Transform `label [G, N, Q]` with `mask [G, N]`; missing or dropped labels are NaN."""
         if mask is not None:
             label = label.masked_fill(~mask[..., None], torch.nan)
-        count = (~label.isnan()).sum(1, keepdim=True)
+        count = (label == label).sum(1, keepdim=True)  # NaN differs from itself
         if self.drop_extreme:
             # Ranks instead of quantiles: they drop an exact number, even with ties. NaN sorts last.
             rank = label.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
@@ -41,8 +41,7 @@ class DayLabel:
             is_extreme = (rank < cut) | (rank >= count - cut)
             label = label.masked_fill(is_extreme, torch.nan)
             count = torch.sub(count, cut, alpha=2)
-        if self.zscore:
-            count = count.clamp_min(1)
+        if self.zscore:  # a day without labels stays NaN: its count is zero
             deviation = label - label.nansum(1, keepdim=True) / count
             spread = (deviation.square().nansum(1, keepdim=True) / count).sqrt()
             label = deviation / spread.masked_fill(spread == 0, 1.0)

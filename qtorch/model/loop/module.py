@@ -239,7 +239,7 @@ class ScoreModule(pl.LightningModule):
             return batch
         if not batch.is_day:
             raise ConfigError("day_label needs batches of whole days: set batch.order=day.")
-        return replace(batch, y=self.day_label(batch.y, batch.mask))
+        return replace(batch, y=self.day_label(batch.y, None))  # padding is NaN
 
     @cached_property
     def weight_update(self) -> WeightUpdate:

@@ -58,6 +58,7 @@ class WeightUpdate:
         self.num_pending = 0
         self._closure_losses: list[Callable[[], Tensor]] = []  # of the pending batches
         self._loss_value = torch.zeros(())
+        self._one: Tensor | None = None
         self._has_warned = False
         self.bypass_hooks = _can_bypass_hooks(module.trainer)
         self.is_autocast = False
@@ -131,9 +132,13 @@ class WeightUpdate:
         return [float(self.module.trainer.optimizers[0].param_groups[0]["lr"])]
 
     def _backward(self, loss: Tensor) -> None:
-        backward = (
-            loss.backward if self.bypass_hooks else partial(self.module.manual_backward, loss)
-        )
+        if self.bypass_hooks:
+            # The gradient of the loss itself, which torch would fill with one again each time.
+            if self._one is None or self._one.dtype != loss.dtype:
+                self._one = torch.ones_like(loss)
+            backward = partial(loss.backward, self._one)
+        else:
+            backward = partial(self.module.manual_backward, loss)
         if not self.is_autocast:
             backward()
             return

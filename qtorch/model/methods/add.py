@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -74,14 +75,15 @@ class ADDModule(ScoreModule):
         total, total_weight = self.loss_sums_from_scores(score, batch)
         outputs = self.disentangler(x, mask, state, self.alpha)
         adversary, weight = self.loss_sums_from_scores(outputs.adv_excess, batch)
-        market = self.market[batch.date].masked_fill(~mask, UNKNOWN)
-        is_sample = mask[..., None, None].to(x.dtype)
-        error = ((outputs.reconstruction.float() - x).square() * is_sample).sum()
+        is_padding = ~mask
+        market = self.market[batch.date].masked_fill(is_padding, UNKNOWN)
+        # Padding has x 0, so zeros there have no error.
+        reconstruction = outputs.reconstruction.float().masked_fill(is_padding[..., None, None], 0)
+        error = F.mse_loss(reconstruction, x, reduction="sum")
         auxiliary_loss = (
             mean_from_sums(adversary, torch.as_tensor(weight))
-            + market_loss(outputs.market, market)
-            + market_loss(outputs.adv_market, market)
-            + self.mu * mean_from_sums(error, is_sample.sum() * x.shape[2] * x.shape[3])
+            + market_loss((outputs.market, outputs.adv_market), market)
+            + self.mu * mean_from_sums(error, mask.sum() * (x.shape[2] * x.shape[3]))
         )
         return total + total_weight * auxiliary_loss, total_weight
 
@@ -106,9 +108,13 @@ def market_states(train: Samples) -> Tensor:
     return state.masked_fill(count == 0, UNKNOWN).to(train.date.device)
 
 
-def market_loss(logits: Tensor, market: Tensor) -> Tensor:
-    """Return the mean cross-entropy of `logits [G, N, 3]` over known `market [G, N]`, or zero."""
+def market_loss(logits: Sequence[Tensor], market: Tensor) -> Tensor:
+    """Return the sum of the mean cross-entropies of several `logits [G, N, 3]` over the known ones
+    of `market [G, N]`, or zero."""
     total = F.cross_entropy(
-        logits.flatten(0, 1).float(), market.flatten(), ignore_index=UNKNOWN, reduction="sum"
+        torch.cat([each.flatten(0, 1) for each in logits]).float(),
+        market.flatten().repeat(len(logits)),
+        ignore_index=UNKNOWN,
+        reduction="sum",
     )
     return mean_from_sums(total, (market != UNKNOWN).sum())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qtorch.nn.cross_section.layers import MaskedBatchNorm
+from qtorch.nn.cross_section.layers import MaskCounts, MaskedBatchNorm
 from qtorch.nn.network import Network
 from qtorch.nn.recurrent import LSTMState, recurrent_layers, run_steps
 
@@ -120,11 +120,12 @@ class Disentangler(nn.Module):
         """
         market: Tensor | LSTMState = self.enc_market(x.flatten(0, 1))[1]
         excess_state, market_state = concat_layers(excess, mask), concat_layers(market, mask)
-        adv_excess = self.adv_excess(reverse_gradient(market_state, alpha), mask)
         reconstruction = self.dec(_concat_states(excess, market), x.shape[2])
+        counts = MaskCounts.of(mask, torch.float32) if self.training else mask
+        adv_excess = self.adv_excess(reverse_gradient(market_state, alpha), counts)
         return DisentanglerOutput(
-            market=self.pred_market(market_state, mask),
-            adv_market=self.adv_market(reverse_gradient(excess_state, alpha), mask),
+            market=self.pred_market(market_state, counts),
+            adv_market=self.adv_market(reverse_gradient(excess_state, alpha), counts),
             adv_excess=adv_excess[..., 0] if self.num_outputs == 1 else adv_excess,
             reconstruction=reconstruction.unflatten(0, x.shape[:2]),
         )
@@ -137,8 +138,8 @@ class Head(nn.Sequential):
         norm = MaskedBatchNorm(width)
         super().__init__(nn.Linear(width, width), norm, nn.Tanh(), nn.Linear(width, outputs))
 
-    def forward(self, state: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]  # also takes a mask
-        """Map `state [G, N, width]`, `mask [G, N]` to `[G, N, outputs]`."""
+    def forward(self, state: Tensor, mask: Tensor | MaskCounts) -> Tensor:  # type: ignore[override]  # also takes a mask
+        """Map `state [G, N, width]`, `mask [G, N]` (or its counts) to `[G, N, outputs]`."""
         hidden, norm, act, out = self
         return out(act(norm(hidden(state), mask)))
 

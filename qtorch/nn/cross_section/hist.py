@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from qtorch.nn.cross_section.layers import (
     cosine_similarities,
-    exact_similarities,
     newest_states,
+    own_similarities,
 )
 from qtorch.nn.network import Network
 from qtorch.nn.recurrent import recurrent_layers
@@ -65,8 +65,13 @@ class HIST(Network):
         residual = state - self.fc_es_back(explicit)
         hidden = self.fc_is(_hidden_concept_states(residual, mask))
         own = residual - self.fc_is_back(hidden)
-        parts = torch.stack((self.fc_es_fore(explicit), self.fc_is_fore(hidden), self.fc_indi(own)))
-        return self.scores(self.fc_out(F.leaky_relu(parts).sum(0)))
+        # One product for the last layers of the three modules.
+        layers = self.fc_es_fore, self.fc_is_fore, self.fc_indi
+        weights = torch.stack([layer.weight for layer in layers])
+        biases = torch.stack([layer.bias for layer in layers])
+        inputs = torch.stack((explicit, hidden, own)).flatten(1, 2)  # [3, G * N, H]
+        parts = torch.baddbmm(biases[..., None], weights, inputs.transpose(1, 2))  # [3, H, G * N]
+        return self.scores(self.fc_out(F.leaky_relu(parts).sum(0).t()).unflatten(0, x.shape[:2]))
 
 
 def _square(hidden_size: int) -> nn.Linear:
@@ -91,18 +96,18 @@ def _hidden_concept_states(state: Tensor, mask: Tensor) -> Tensor:
     Each instrument defines one hidden concept. Its members are the instruments whose most similar
     other instrument it is, and the instrument itself if there are any.
     """
-    count = state.shape[1]
-    index = torch.arange(count, device=state.device)
+    index = torch.arange(state.shape[1], device=state.device)
     is_self = index[:, None] == index
-    similarity = exact_similarities(state, state)
-    # An instrument without positive similarity to another joins no concept: the zero on the
-    # diagonal is its maximum then, and gives a membership of zero.
-    is_pair = mask[:, None] & mask[..., None]  # neither of the two is padding
-    best, concept = similarity.masked_fill(is_self | ~is_pair, 0.0).max(-1)  # [G, N]
-    member = (concept[..., None] == index) * best[..., None]  # [G, N, N], concepts last
-    has_members = member.any(1, keepdim=True)  # [G, 1, N]
-    member = torch.addcmul(member, similarity, (is_self & has_members).to(similarity.dtype))
-    return _attend_to_concepts(state, member.transpose(-1, -2) @ state, ~has_members)
+    similarity = own_similarities(state * mask[..., None])  # zero for padding
+    # An instrument without positive similarity to another joins no concept: the tiny number on the
+    # diagonal is its maximum then.
+    tiny = torch.finfo(similarity.dtype).tiny
+    concept = similarity.detach().masked_fill(is_self, tiny).argmax(-1, keepdim=True)  # [G, N, 1]
+    is_outside = (concept != index).masked_fill(is_self, True)  # [G, N, N], concepts last
+    is_empty = is_outside.all(1, keepdim=True)  # [G, 1, N]
+    is_outside = torch.where(is_self, is_empty, is_outside)
+    member = similarity.masked_fill(is_outside, 0.0)
+    return _attend_to_concepts(state, member.transpose(-1, -2) @ state, is_empty)
 
 
 def _attend_to_concepts(state: Tensor, concept: Tensor, is_empty: Tensor) -> Tensor:

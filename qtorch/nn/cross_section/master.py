@@ -10,6 +10,8 @@ from qtorch.nn.cross_section.layers import masked_mean
 from qtorch.nn.network import Network
 from qtorch.nn.transformer import PositionalEncoding, check_heads
 
+PADDING_LOGIT = -6e4  # excludes a position from a softmax
+
 
 class MASTER(Network):
     """Features gated by the state of the market, attention over time, then over instruments.
@@ -74,15 +76,14 @@ class MASTER(Network):
         steps = self.positions(self.feature_layer(features).flatten(0, 1))  # [G * N, T, H]
         steps = self.intra(steps).unflatten(0, x.shape[:2])
         steps = steps.transpose(1, 2)  # [G, T, N, H]
-        # On a day with padding only, everything is allowed: a softmax without entries would be NaN.
-        is_allowed = (mask | ~mask.any(1, keepdim=True))[:, None].expand(steps.shape[:3])
-        steps = self.inter(steps.flatten(0, 1), is_allowed.flatten(0, 1)).unflatten(
-            0, steps.shape[:2]
-        )
+        # Finite, also in half precision: a day with padding only has a softmax that is not NaN.
+        logits = (~mask * PADDING_LOGIT)[:, None].expand(steps.shape[:3])
+        steps = self.inter(steps.flatten(0, 1), logits.flatten(0, 1)).unflatten(0, steps.shape[:2])
         steps = steps.transpose(1, 2)  # [G, N, T, H]
         key = self.temporal(steps)
         share = torch.softmax(key @ key[..., -1, :, None], -2)  # [G, N, T, 1]
-        return self.scores(self.fc_out((share * steps).sum(-2)))
+        state = share.to(steps.dtype).transpose(-1, -2) @ steps  # [G, N, 1, H]
+        return self.scores(self.fc_out(state.squeeze(-2)))
 
     def _gate(self, x: Tensor, mask: Tensor) -> Tensor:
         """Return the weight of each feature, with mean one: `[G, N or 1, 1, F]`."""
@@ -119,21 +120,23 @@ class AttentionBlock(nn.Module):
             nn.Dropout(dropout),
         )
 
-    def forward(self, x: Tensor, is_allowed: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
         """Apply the block to `x [B, L, H]`.
 
-        `is_allowed [B, L]` bool says which positions may be attended to (None: all).
+        `logits [B, L]` are added to the logits of each position (None: nothing).
         """
         x = self.norm1(x)
         # One product for the three of them.
         weight = torch.cat([layer.weight for layer in (self.qtrans, self.ktrans, self.vtrans)])
-        heads = F.linear(x, weight).reshape(*x.shape[:2], 3, self.nhead, -1)  # [B, L, 3, A, H / A]
-        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # [B, A, L, H / A]
+        query, key, value = (
+            part.reshape(*x.shape[:2], self.nhead, -1).transpose(1, 2)  # [B, A, L, H / A]
+            for part in F.linear(x, weight).chunk(3, -1)
+        )
         attention = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=None if is_allowed is None else is_allowed[:, None, None],
+            attn_mask=None if logits is None else logits[:, None, None].to(query.dtype),
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.scale,
         )

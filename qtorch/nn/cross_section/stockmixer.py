@@ -75,7 +75,7 @@ class StockMixer(Network):
         window = x.flatten(0, 1)  # [G * N, T, F]
         half = self.conv(window.transpose(1, 2)).transpose(1, 2)  # [G * N, T / 2, F]
         scales = torch.cat((window, self.fine(window), self.coarse(half)), 1)
-        own = self.channel_fc(scales)[..., 0].unflatten(0, x.shape[:2])  # [G, N, L]
+        own = self.channel_fc(scales).squeeze(-1).unflatten(0, x.shape[:2])  # [G, N, L]
         own = self.dropout(own)
         market = self.stock_mixer(own, mask, instrument)
         output = self.time_fc(own) + self.time_fc_(market)
@@ -117,7 +117,8 @@ class CausalLinear(nn.Module):
         self.bias = nn.Parameter((2 * torch.rand(steps) - 1) * limit[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.causal_mask, self.bias)
+        # Contiguous: then product and bias are one operation.
+        return F.linear(x.contiguous(), self.weight * self.causal_mask, self.bias)
 
 
 class InstrumentMixer(nn.Module):
@@ -131,10 +132,11 @@ class InstrumentMixer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, instrument: Tensor) -> Tensor:
         """Map `x [G, N, L]`, `mask [G, N]`, `instrument [G, N]` to `[G, N, L]`."""
-        is_present = mask[..., None].to(x.dtype)
-        count = is_present.sum(1, keepdim=True).clamp(min=1)
-        x = (x - (x * is_present).sum(1, keepdim=True) / count) * is_present
-        x = x * (x.square().sum(1, keepdim=True) / count + self.norm.eps).rsqrt()
+        is_present = mask[..., None]
+        with torch.autocast(x.device.type, enabled=False):
+            x = self._normalize(
+                x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, mask
+            )
         # One look-up for all weights, as of embeddings: its gradient is a single operation, whose
         # result on a GPU is always the same.
         vectors = [v[:, None] for v in (self.norm.weight, self.norm.bias, self.dense2.bias)]
@@ -144,5 +146,15 @@ class InstrumentMixer(nn.Module):
             F.embedding(instrument, table), [1, 1, 1, num_states, num_states], -1
         )  # [G, N, 1 or K]
         x = torch.addcmul(shift, x, scale)
-        states = (x * is_present).transpose(1, 2) @ to_market + self.dense1.bias  # [G, L, K]
-        return from_market @ F.hardswish(states).transpose(1, 2) + dense2_bias  # [G, N, L]
+        states = torch.baddbmm(
+            self.dense1.bias, (x * is_present).transpose(1, 2), to_market
+        )  # [G, L, K]
+        return torch.baddbmm(
+            dense2_bias, from_market, F.hardswish(states).transpose(1, 2)
+        )  # [G, N, L]
+
+    def _normalize(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Return `x [G, N, L]` with mean 0 and variance 1 over each day's instruments."""
+        share = (mask / mask.sum(1, keepdim=True, dtype=x.dtype).clamp(min=1))[:, None]
+        x = (x - share @ x) * mask[..., None]
+        return x * (share @ x.square() + self.norm.eps).rsqrt()

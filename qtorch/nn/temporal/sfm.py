@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtorch.nn.network import Network
-from qtorch.nn.recurrent import split_uses
 
 
 class SFM(Network):
@@ -70,36 +70,29 @@ class SFM(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x [B, T, F]` to scores `[B]` or `[B, Q]`."""
-        hidden, frequencies = self._part_sizes[0], self._part_sizes[-1]
-        steps = x.shape[1]
+        hidden = self._part_sizes[0]
         # Input part of all gates for all steps, [B, T, 4H + K].
         x = x * _dropout_mask(x[:, :1], self.dropout_W, self.training)
         inputs = F.linear(x, *map(self._move_candidate, (self.gates.weight, self.gates.bias)))
-        count = x.shape[0]  # torch.export would treat len(x) as a constant
-        state = inputs.new_zeros(count, hidden)  # [B, H]
-        state_mask = _dropout_mask(state, self.dropout_U, self.training)
-        # Real and imaginary parts in one tensor: half as many operations.
-        memory = inputs.new_zeros(count, hidden, 2, frequencies)  # [B, H, 2, K]
-        amplitude = self.amplitude.repeat(2, 1)  # of both parts, [2 * K, 1]
-        for step_inputs, wave, recur, step_amplitude, bias in zip(
-            inputs.unbind(1),  # whose gradient is one operation for all steps
-            self._waves(steps),
-            split_uses(self._move_candidate(self.recur.weight).t(), steps),
-            split_uses(amplitude, steps),
-            split_uses(self.amplitude_bias, steps),
-            strict=True,
-        ):
-            masked_state = state if self.dropout_U == 0 else state * state_mask
-            parts = torch.addmm(step_inputs, masked_state, recur)  # [B, 4H + K]
-            parts, candidate = torch.split(parts, [3 * hidden + frequencies, hidden], -1)
-            i, state_gate, o, frequency_gate = torch.split(
-                F.hardsigmoid(parts), [hidden, hidden, hidden, frequencies], -1
+        state_mask = None
+        if self.dropout_U and self.training:
+            count = x.shape[0]  # torch.export would treat len(x) as a constant
+            state_mask = _dropout_mask(x.new_zeros(count, hidden), self.dropout_U, self.training)
+        with torch.autocast(x.device.type, enabled=False):
+            precision = torch.promote_types(inputs.dtype, torch.float32)
+            arguments = (
+                inputs.to(precision),
+                self._waves(x.shape[1]),
+                self._move_candidate(self.recur.weight).t(),
+                self.amplitude.repeat(2, 1).squeeze(-1),  # of real and imaginary part, [2 * K]
+                self.amplitude_bias,
+                state_mask,
             )
-            candidate = i * torch.tanh(candidate)
-            forget = state_gate[:, :, None] * frequency_gate[:, None]  # [B, H, K]
-            memory = torch.addcmul(forget[:, :, None] * memory, candidate[..., None, None], wave)
-            power = memory.square().flatten(2) @ step_amplitude  # [B, H, 1]
-            state = o * torch.tanh(power.squeeze(-1) + bias)
+            if torch.is_grad_enabled():
+                state = _Recurrence.apply(*arguments)[0]  # type: ignore[no-untyped-call]  # untyped in torch
+            else:
+                for state, *_ in _iterate_steps(*arguments):  # noqa: B007  # the last one counts
+                    pass
         return self.scores(self.fc_out(self.project(state)))
 
     def _move_candidate(self, values: Tensor) -> Tensor:
@@ -107,11 +100,127 @@ class SFM(Network):
         i, state_gate, candidate, o, frequency_gate = torch.split(values, self._part_sizes)
         return torch.cat((i, state_gate, o, frequency_gate, candidate))
 
-    def _waves(self, num_steps: int) -> Iterable[Tensor]:
-        """Return cosine and sine of each step and frequency, `[2, K]` for each step."""
+    def _waves(self, num_steps: int) -> Tensor:
+        """Return cosine and sine of each step and frequency, `[T, 2, K]`."""
         steps = torch.arange(1, num_steps + 1, dtype=torch.float64, device=self.waves.device)
         angles = (2 * math.pi * steps).to(self.waves.dtype)[:, None] * self.waves  # [T, K]
-        return torch.stack((torch.cos(angles), torch.sin(angles)), 1).unbind(0)
+        return torch.stack((torch.cos(angles), torch.sin(angles)), 1)
+
+
+def _iterate_steps(
+    inputs: Tensor, waves: Tensor, recur: Tensor, amplitude: Tensor, bias: Tensor,
+    state_mask: Tensor | None,
+) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
+    """Yield the state `[B, H]` after each step, then what its gradient needs.
+
+    That is the masked state before it, the sums of its gates `[B, 3H + K]`, the candidate, the
+    share of the memory that stays `[B, H, K]`, the memory `[B, H, 2, K]`, and the amplitude before
+    the output gate. Arguments as of `_Recurrence`.
+    """
+    count, hidden, frequencies = inputs.shape[0], bias.shape[0], waves.shape[-1]
+    state = inputs.new_zeros(count, hidden)
+    # Real and imaginary parts in one tensor: half as many operations.
+    memory = inputs.new_zeros(count, hidden, 2, frequencies)
+    row_bias = bias.expand(count, hidden).flatten()
+    for step_inputs, wave in zip(inputs.unbind(1), waves.unbind(0), strict=True):
+        before = state if state_mask is None else state * state_mask
+        parts = torch.addmm(step_inputs, before, recur)
+        sums, candidate = torch.split(parts, [3 * hidden + frequencies, hidden], -1)
+        i, state_gate, o, frequency_gate = torch.split(
+            F.hardsigmoid(sums), [hidden, hidden, hidden, frequencies], -1
+        )
+        candidate = torch.tanh(candidate)
+        stays = state_gate[:, :, None] * frequency_gate[:, None]
+        memory = torch.addcmul(stays[:, :, None] * memory, (i * candidate)[..., None, None], wave)
+        power = torch.addmv(row_bias, memory.square().view(-1, 2 * frequencies), amplitude)
+        output = torch.tanh(power.view(count, hidden))
+        state = o * output
+        yield state, before, sums, candidate, stays, memory, output
+
+
+NUM_STEP_TENSORS = 6  # that the gradient of a step needs
+
+
+class _Recurrence(torch.autograd.Function):
+    """The last state `[B, H]` of the recurrence over `inputs [B, T, 4H + K]`.
+
+    `waves [T, 2, K]`, `recur [H, 4H + K]`, `amplitude [2K]`, `bias [H]`, `state_mask [B, H]` or
+    None. Its gradient has half the operations of the gradients of its parts: what does not depend
+    on the next step is computed for all steps at once.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        steps = list(_iterate_steps(*arguments))
+        return steps[-1][0], *(tensor for step in steps for tensor in step[1:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        _, waves, recur, amplitude, _, state_mask = inputs
+        ctx.save_for_backward(waves, recur, amplitude, state_mask, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return (None,) * 6
+        waves, recur, amplitude, state_mask, *tensors = ctx.saved_tensors
+        steps = [tensors[k::NUM_STEP_TENSORS] for k in range(NUM_STEP_TENSORS)]
+        before, sums, candidates, stays, memories, outputs = steps
+        hidden, frequencies = recur.shape[0], waves.shape[-1]
+        # Slopes of all steps: of the power by the state, and of the parts by what they multiply.
+        all_sums, candidate, output = (torch.stack(s) for s in (sums, candidates, outputs))
+        gates = F.hardsigmoid(all_sums)
+        i, state_gates, o, frequency_gates = torch.split(
+            gates, [hidden, hidden, hidden, frequencies], -1
+        )
+        is_linear = ((all_sums > -3) & (all_sums < 3)).to(gates.dtype) / 6
+        factors = torch.cat(
+            (candidate, torch.ones_like(i), output, torch.ones_like(frequency_gates)), -1
+        )
+        slopes = torch.cat((is_linear * factors, i * (1 - candidate.square())), -1).unbind(0)
+        power_slopes = (o * (1 - output.square())).unbind(0)
+        double_amplitude = (2 * amplitude).view(2, frequencies)
+        memory_gradient: Tensor | None = None
+        part_gradients, power_gradients = [], []
+        for t in reversed(range(len(before))):
+            power_gradient = gradient * power_slopes[t]  # [B, H]
+            direct = power_gradient[..., None, None] * double_amplitude
+            memory_gradient = (
+                direct * memories[t]
+                if memory_gradient is None
+                else torch.addcmul(memory_gradient, direct, memories[t])
+            )
+            rows = memory_gradient.view(-1, 2 * frequencies)
+            to_candidate = (rows @ waves[t].flatten()).view_as(gradient)
+            if t:
+                to_stays = (memory_gradient * memories[t - 1]).sum(2)  # [B, H, K]
+                to_state_gate = (to_stays @ frequency_gates[t][..., None]).squeeze(-1)
+                to_frequency_gate = (state_gates[t][:, None] @ to_stays).squeeze(1)
+                memory_gradient = memory_gradient * stays[t][:, :, None]
+            else:  # the memory was empty
+                to_state_gate = torch.zeros_like(gradient)
+                to_frequency_gate = torch.zeros_like(frequency_gates[0])
+            part_gradient = slopes[t] * torch.cat(
+                (to_candidate, to_state_gate, gradient, to_frequency_gate, to_candidate), -1
+            )
+            part_gradients.append(part_gradient)
+            power_gradients.append(power_gradient)
+            if t:
+                gradient = part_gradient @ recur.t()
+                gradient = gradient if state_mask is None else gradient * state_mask
+        parts_gradient = torch.stack(part_gradients[::-1], 1)  # [B, T, 4H + K]
+        states = torch.stack(before, 1)
+        recur_gradient = states.flatten(0, 1).t() @ parts_gradient.flatten(0, 1)
+        power_gradient = torch.stack(power_gradients[::-1])  # [T, B, H]
+        squares = torch.stack(memories).view(-1, 2 * frequencies)
+        squares.mul_(squares)  # in place: it is as large as all memories
+        amplitude_gradient = (power_gradient.view(1, -1) @ squares).squeeze(0)
+        bias_gradient = power_gradient.sum((0, 1))
+        return parts_gradient, None, recur_gradient, amplitude_gradient, bias_gradient, None
 
 
 def _dropout_mask(reference: Tensor, p: float, training: bool) -> Tensor:
