@@ -22,6 +22,7 @@ from qtorch.model.devices.numerics import describe_numerics, numerical_settings
 from qtorch.model.fit import checkpoint_folder, hold_folder
 from qtorch.model.fleet.checkpoint import has_member_checkpoint, load_member, save_member
 from qtorch.model.fleet.current import current_fleet, use_fleet
+from qtorch.model.fleet.display import FleetDisplay
 from qtorch.model.fleet.jobs import Job
 from qtorch.model.fleet.member import Member, find_refusal
 from qtorch.model.fleet.training import FleetTraining
@@ -83,7 +84,7 @@ class Fleet:
         self._device_samples: WeakKeyDictionary[Samples, dict[torch.device, Samples]]
         self._device_samples = WeakKeyDictionary()
         self._running: Job[Any] | None = None
-        self.on_ended: Callable[[Job[Any]], None] = lambda job: None
+        self.display = FleetDisplay(0)
 
     def run(self, functions: Sequence[Callable[[], T]]) -> list[Job[T]]:
         """Run all jobs; return them in order, each with its `result` or its `error`.
@@ -93,6 +94,7 @@ class Fleet:
         with use_fleet(self):  # a job runs in a copy of the context in which it is made
             jobs = [Job(number, function) for number, function in enumerate(functions)]
         self._pending.extend(jobs)
+        self.display = FleetDisplay(len(jobs))
         try:
             while self._pending or self._parked:
                 self._start_jobs()
@@ -101,6 +103,9 @@ class Fleet:
         except KeyboardInterrupt as stop:
             self._stop_jobs(stop)
             raise
+        finally:
+            if self.display.num_members > 1:
+                log.info("fleet: %s", self.display.summary)
         return jobs
 
     # -- what fits ask the fleet, in the thread of their job -----------------------------------
@@ -134,6 +139,7 @@ class Fleet:
         reason = find_refusal(inputs, network)
         if reason is not None:
             log.info("job %d is fitted by itself: a fleet cannot have %s", job.number, reason)
+            self.display.hide()  # the fit may have a progress bar of its own
             return None
         inputs.train = self._move(inputs.train, inputs.device)
         if inputs.valid is not None:
@@ -148,6 +154,7 @@ class Fleet:
                 )
             if member.folder is not None and (member.folder / LAST).is_file():
                 log.info("job %d has a checkpoint of a fit by itself, and continues so", job.number)
+                self.display.hide()
                 return None
             answer: FitResult = job.request_answer(member)
             return answer
@@ -175,7 +182,7 @@ class Fleet:
         finally:
             self._running = None
             if job.is_ended:
-                self.on_ended(job)
+                self.display.count_job(job.number, job.error)
             else:
                 self._parked.append(job)
 
@@ -197,10 +204,11 @@ class Fleet:
             preserve_generators(),
             quiet_lightning(),
             numerical_settings(recipe.trainer, recipe.matmul_precision),
+            self.display.on_screen(is_enabled=recipe.trainer.shows_progress_bar),
             Interruption() as interruption,
         ):
             self._find_limit(key)
-            training = FleetTraining(first, first.inputs.device)
+            training = FleetTraining(first, first.inputs.device, self.display.count_samples)
             jobs: dict[int, Job[Any]] = {}
             try:
                 self._enter(training, key, jobs)
@@ -247,23 +255,27 @@ class Fleet:
         self, training: FleetTraining, jobs: dict[int, Job[Any]], interruption: Interruption
     ) -> None:
         begin, members = time.perf_counter(), list(training.members)
+        self.display.begin_round(members)
         if not training.run_round(interruption.is_requested):
             raise KeyboardInterrupt
+        self.display.end_round()
         training_seconds = time.perf_counter() - begin
         self._save(training)
-        leader = _best_member(members)
         finished_members = training.remove_finished_members()
+        best_values = self.display.best_values
         log.info(
             "round %d: %d members, %d of them ended, %d waiting%s; %s samples/s (%.2f s)",
             training.num_rounds - 1,
             len(members),
             len(finished_members),
             len(self._pending) + len(self._parked),
-            leader,
+            f"; {best_values}" if best_values else "",
             f"{sum(len(m.train) for m in members) / training_seconds:,.0f}",
             training_seconds,
+            extra={"file_only": self.display.is_visible},
         )
         for member in finished_members:
+            self.display.count_member(member)
             job = jobs.pop(member.number)
             answer = member.error or _result(member, len(members))
             self._advance(job, answer)
@@ -300,16 +312,6 @@ def _describe(reweighter: Any) -> str:
         return digest(reweighter.to_config())
     except AttributeError:
         return f"{id(reweighter)}"
-
-
-def _best_member(members: Sequence[Member]) -> str:
-    """Name the best member so far, for the log."""
-    judged = [m for m in members if m.progress.best_epoch is not None]
-    if not judged:
-        return ""
-    pick = min if judged[0].stopping.mode == "min" else max
-    best = pick(judged, key=lambda m: m.progress.best_value)
-    return f"; best {best.stopping.monitor} {best.progress.best_value:.6g} (job {best.number})"
 
 
 def _interruption(member: Member, stop: BaseException) -> TrainingInterrupted:

@@ -114,7 +114,7 @@ def _architecture_key(
         tuple((n, tuple(p.shape), p.requires_grad) for n, p in network.named_parameters()),
         tuple((n, tuple(b.shape), b.dtype) for n, b in network.named_buffers()),
         tuple(sorted(_plain_attributes(network).items(), key=str)),
-        repr(recipe.loss),
+        _loss_key(recipe.loss),
         tuple(sorted((k, str(v)) for k, v in recipe.batch.items())),
         str(options.arguments.get("precision")),
         str(options.arguments.get("deterministic")),
@@ -124,6 +124,17 @@ def _architecture_key(
         STACKED[type(template)].signature(template),
         *(_sample_key(samples) for samples in (inputs.train, inputs.valid)),
     )
+
+
+def _loss_key(spec: Any) -> Any:
+    """Return what the losses of all members must have in common: all but their numbers.
+
+    A loss that reads the score from several outputs, or that is a plain function, must be equal.
+    """
+    loss = build_loss(spec)
+    if not isinstance(loss, BaseLoss) or type(loss).readout is not BaseLoss.readout:
+        return repr(spec)
+    return tuple(type(part) for part in loss.modules())
 
 
 def _plain_attributes(network: nn.Module) -> dict[str, Any]:
@@ -242,6 +253,11 @@ class Member:
     def epoch(self) -> int:
         """The number of the running epoch."""
         return self.progress.epochs
+
+    @property
+    def loss_text(self) -> str:
+        """A text that is equal for members with equal losses."""
+        return repr(self.inputs.recipe.loss)
 
     @property
     def learning_rate(self) -> float:

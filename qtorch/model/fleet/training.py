@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.func import vmap
-from torch.utils._pytree import tree_map
 
 from qtorch.data.dataset.batch import Batch
 from qtorch.metrics.ic import ICMeter
 from qtorch.metrics.loss import mean_from_sums
 from qtorch.model.fleet.batches import FleetLoader, MemberBatch
+from qtorch.model.fleet.calls import call_for_members, call_for_one
+from qtorch.model.fleet.losses import MemberLosses, member_sums
 from qtorch.model.fleet.member import Member
 from qtorch.model.fleet.optimizers import STACKED, STEPS, StackedOptimizer
 from qtorch.model.fleet.stack import Layout, MemberStack, copy_state
-from qtorch.model.loop.module import ScoreModule
 from qtorch.model.loop.progress import (
     LEARNING_RATE,
     METRICS,
@@ -55,11 +54,18 @@ class FleetTraining:
     members that have ended leave the stack and waiting ones take their places. The host waits for
     the device once a round, to read the losses. The loop is not Lightning's, whose epochs, steps
     and optimizers belong to one training; devices and precision are Lightning Fabric's.
+
+    `count_samples` is called with the number of samples of each step, of all members.
     """
 
-    def __init__(self, first: Member, device: torch.device) -> None:
+    def __init__(
+        self,
+        first: Member,
+        device: torch.device,
+        count_samples: Callable[[int], None] = lambda number: None,
+    ) -> None:
         self.members: list[Member] = []
-        self.device = device
+        self.device, self.count_samples = device, count_samples
         options = first.inputs.recipe.trainer
         self.architecture: nn.Module = first.network
         self.layout = Layout.from_network(first.network)
@@ -68,9 +74,8 @@ class FleetTraining:
             devices=1 if device.type == "cpu" else [device.index or 0],
             precision=options.arguments.get("precision") or "32-true",
         )
-        self.module = ScoreModule(
-            first.network, first.loss, lambda parameters: first.template, num_days=0
-        )
+        self.losses = MemberLosses(first.network, device)
+        self.readout = get_readout(first.loss)
         self.clip_algorithm = options.clip_algorithm
         optimizer_class = STACKED[type(first.template)]
         self.moments = optimizer_class.moments(sum(self.layout.sizes), first.template)
@@ -136,6 +141,7 @@ class FleetTraining:
         )
         self.num_days = max((len(each.samples.calendar) for each in valid_loaders), default=0)
         self.columns = self._group_columns(members[0]) if members else []
+        self.losses.set_members(members)
         clips = [m.inputs.recipe.trainer.clip_value for m in members]
         self.clip_values = None
         if any(clip is not None for clip in clips):
@@ -211,6 +217,7 @@ class FleetTraining:
                 self.members[place].count_step()
             if has_step_schedules:
                 self.optimizer.read_hyperparameters(templates, self.columns)
+            self.count_samples(sum(batch.num_samples))
         return sums
 
     def _train_step(self, batch: MemberBatch) -> tuple[Tensor, Tensor]:
@@ -240,7 +247,12 @@ class FleetTraining:
             buffers = {name: tensor[places] for name, tensor in stack.buffers.items()}
             part = batch.map_tensors(itemgetter(places))
             total, weight, _ = self._sums(
-                weights, buffers, part, is_single=is_single, dropout_keys=keys[places]
+                weights,
+                buffers,
+                part,
+                step.members[places],
+                is_single=is_single,
+                dropout_keys=keys[places],
             )
             loss = mean_from_sums(total, weight)
             (gradients,) = torch.autograd.grad(loss.sum(), weights)
@@ -288,6 +300,7 @@ class FleetTraining:
         weights: Tensor,
         buffers: Mapping[str, Tensor],
         batch: Batch,
+        members: Sequence[int],
         *,
         is_shared: bool = False,
         is_single: bool = False,
@@ -298,21 +311,22 @@ class FleetTraining:
             n: getattr(batch, n) for n in BATCH_TENSORS if getattr(batch, n) is not None
         }
         is_complete = self.is_complete and self.architecture.training
+        modules = self.losses.select_modules(members)
+        module = modules[0]
 
-        def member_sums(
+        def scores_of_member(
             state: dict[str, Tensor],
             key: Tensor | None,
             values: dict[str, Any],
             extra: dict[str, Tensor],
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            member_batch = Batch(**values, extra=extra)
+        ) -> Tensor:
             with nullcontext() if key is None else member_dropout(key):
-                total, weight, score = self.module.loss_sums(
-                    member_batch, state, complete=is_complete
-                )
-            if isinstance(weight, int):
-                weight = torch.full((), float(weight), device=total.device)
-            return total, weight, score
+                score: Tensor = module.forward_adapter(Batch(**values, extra=extra), state)
+                return score
+
+        def sums_of_member(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+            score = scores_of_member(*inputs)
+            return (*member_sums(module, score, inputs[2], is_complete=is_complete), score)
 
         arguments = {**self.layout.unpack(weights), **buffers}, dropout_keys, tensors, batch.extra
         batch_dim = None if is_shared else 0
@@ -321,16 +335,17 @@ class FleetTraining:
         with self.fabric.autocast():
             if is_single:
                 # Without vmap, layers use kernels that cannot be batched over members.
-                results = _call_single(member_sums, arguments, dims)
+                results = call_for_one(sums_of_member, arguments, dims)
                 return results
             with use_stacked_layers():
-                call = vmap(member_sums, in_dims=dims, randomness="different")
-                if len(weights) > 1 or self.device.type != "cpu":
-                    results = call(*arguments)
+                if len(modules) == 1:
+                    results = call_for_members(sums_of_member, arguments, dims, weights)
                     return results
-                # One member gets other kernels, and other last digits, than several: make it two.
-                results = _call_as_two(call, arguments, dims)
-                return results
+                scores = call_for_members(scores_of_member, arguments, dims, weights)
+            total, weight = self.losses.sums(
+                members, scores, tensors, is_shared=is_shared, is_complete=is_complete
+            )
+            return total, weight, scores
 
     # -- validation ----------------------------------------------------------------------------
 
@@ -375,6 +390,7 @@ class FleetTraining:
                 stack.weights[places],
                 buffers,
                 batch,
+                step.members[places],
                 is_shared=step.is_shared,
                 is_single=is_single,
             )
@@ -393,7 +409,7 @@ class FleetTraining:
             label, date = label.expand(shape), date.expand(shape)
             mask = None if mask is None else mask.expand(shape)
         if score.dim() > date.dim():
-            score = get_readout(self.module.loss)(score)
+            score = self.readout(score)
         offset = (members * self.num_days).view(-1, *[1] * (date.dim() - 1))
         meter.update(score, label, date + offset, mask)
 
@@ -421,34 +437,6 @@ class FleetTraining:
         self._keep([k for k in range(len(self.members)) if k not in set(places)])
         self._build_loaders()
         return finished_members
-
-
-def _call_single(
-    function: Callable[..., tuple[Tensor, ...]], arguments: Sequence[Any], dims: Sequence[Any]
-) -> Any:
-    """Call a function as `vmap` would for one member."""
-
-    def take(argument: Any, dim: int | None) -> Any:
-        return argument if dim is None else tree_map(lambda t: t[0], argument)
-
-    values = [take(*pair) for pair in zip(arguments, dims, strict=True)]
-    return tree_map(lambda t: t[None], function(*values))
-
-
-def _call_as_two(
-    function: Callable[..., tuple[Tensor, ...]], arguments: Sequence[Any], dims: Sequence[Any]
-) -> Any:
-    """Call a function of several members for one, as two copies; its buffers are updated too."""
-
-    def double(argument: Any, dim: int | None) -> Any:
-        return argument if dim is None else tree_map(lambda t: torch.cat((t, t)), argument)
-
-    doubled = [double(*pair) for pair in zip(arguments, dims, strict=True)]
-    result = tree_map(lambda t: t[:1], function(*doubled))
-    for name, tensor in doubled[0].items():
-        if not tensor.requires_grad:
-            arguments[0][name].copy_(tensor[:1])
-    return result
 
 
 def _widest_layer(network: nn.Module, num_features: int) -> int:

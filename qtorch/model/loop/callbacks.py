@@ -65,7 +65,7 @@ class NotebookProgressBar(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._display = _ipython_display().display(self._page(trainer), display_id=True)
+        self._display = ipython_display().display(self._page(trainer), display_id=True)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         super().on_train_batch_end(*args, **kwargs)
@@ -91,10 +91,10 @@ class NotebookProgressBar(ProgressBar):
         text = f"epoch {trainer.current_epoch + 1}{last_epoch}, batch {position} of {num_batches}"
         text += "".join(f", {name} {value}" for name, value in metrics.items())
         bar = f"<progress value='{position}' max='{num_batches}'></progress>"
-        return _ipython_display().HTML(f"{bar} {html.escape(text)}")
+        return ipython_display().HTML(f"{bar} {html.escape(text)}")
 
 
-def _ipython_display() -> Any:
+def ipython_display() -> Any:
     """Return IPython's module of displays, which has no types; a notebook has imported it."""
     import IPython.display
 

@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from toy_training import ToyDataset, fit_model, make_model, model_weights, same_weights
+from toy_training import (
+    NUM_FEATURES,
+    ToyDataset,
+    fit_model,
+    make_model,
+    model_weights,
+    same_weights,
+)
 
 from qtorch.data import TimeDecay
+from qtorch.data.panel.elementwise import Affine
 from qtorch.model import FleetError, fit_fleet
 from qtorch.model.lightning_model import LightningModel
 
@@ -133,6 +141,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"scheduler": {"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau", "patience": 0}},
     {"trainer": {"gradient_clip_val": 0.01}},
     {"optimizer": {"_target_": "torch.optim.Adam", "lr": 0.003, "betas": [0.5, 0.9]}},
+    {"optimizer": {"_target_": "torch.optim.Adam", "lr": 0.01, "weight_decay": 0.05}},
+    {"early_stop": {"patience": 3, "min_delta": 0.001}, "monitor": "ic"},
     {"early_stop": 1, "monitor": "rank_ic"},
     {"epochs": 2},
 ]
@@ -152,6 +162,92 @@ def test_every_member_may_have_its_own_settings() -> None:
     assert_equal_fits(fleet, fit_each(single, dataset))
     # The last two have ended earlier.
     assert [m.fit_report_["fleet_members"] for m in fleet[:2]] == [len(SETTINGS) - 2] * 2
+
+
+def test_members_may_have_their_own_limit_of_gradient_values() -> None:
+    dataset = ToyDataset()
+
+    def models() -> list[LightningModel]:
+        trainers = [
+            {"gradient_clip_val": limit, "gradient_clip_algorithm": "value"}
+            for limit in (0.001, 0.003)
+        ]
+        return [make_model(network("GRU"), trainer=trainer, epochs=3) for trainer in trainers]
+
+    fleet, single = models(), models()
+    fit_fleet(fleet, dataset)
+    assert_equal_fits(fleet, fit_each(single, dataset))
+    assert [m.fit_report_["fleet_members"] for m in fleet] == [2, 2]
+    assert largest_difference(*fleet) > 1e-4
+
+
+HUBER = "qtorch.metrics.loss.Huber"
+LOSSES: dict[str, list[Any]] = {
+    "delta": [{"_target_": HUBER, "delta": delta} for delta in (0.2, 1.0, 0.2)],
+    "sum": [{"mse": 1.0, "mae": 0.5}, {"mse": 0.2, "mae": 3.0}, {"mse": 1.0, "mae": 0.0}],
+    "days": [{"mse": 1.0, "ic": 0.5}, {"mse": 0.2, "ic": 3.0}],
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("network_name", ["MLP", "GRU"])
+def test_members_may_have_their_own_numbers_of_a_loss(name: str, network_name: str) -> None:
+    dataset, losses = ToyDataset(), LOSSES[name]
+    batch = {"order": "day", "days_per_batch": 4} if name == "days" else {"size": 64}
+    optimizer = {"_target_": "torch.optim.SGD", "lr": 3e-3}
+
+    def models() -> list[LightningModel]:
+        options = {"batch": batch, "optimizer": optimizer, "epochs": 3}
+        return [make_model(network(network_name), loss=loss, **options) for loss in losses]
+
+    fleet, single = models(), models()
+    fit_fleet(fleet, dataset)
+    assert_equal_fits(fleet, fit_each(single, dataset))
+    assert all(m.fit_report_["fleet_members"] == len(losses) for m in fleet)
+    assert largest_difference(*fleet[:2]) > 1e-4
+
+
+def test_losses_of_other_members_change_no_bit() -> None:
+    dataset = ToyDataset()
+
+    def models() -> list[LightningModel]:
+        options = {"loss": LOSSES["delta"][0], "epochs": 2}
+        return [make_model(network("MLP"), seed=seed, **options) for seed in (1, 2)]
+
+    first, second = models(), models()
+    fit_fleet(first, dataset)
+    other = make_model(network("MLP"), loss=LOSSES["delta"][1], epochs=2)
+    fit_fleet([second[0], other, second[1]], dataset)
+    assert other.fit_report_["fleet_members"] == 3
+    for a, b in zip(first, second, strict=True):
+        assert same_weights(model_weights(a), model_weights(b))
+
+
+def test_losses_of_other_kinds_make_fleets_of_their_own() -> None:
+    models = [make_model(network("GRU"), loss=loss, epochs=1) for loss in ("mse", "mae", "mse")]
+    fit_fleet(models, ToyDataset())
+    assert [m.fit_report_["fleet_members"] for m in models] == [2, 1, 2]
+
+
+def make_dataset(mean: float, scale: float) -> ToyDataset:
+    """Return a dataset whose features are normalized with these statistics."""
+    dataset = ToyDataset()
+    features = dataset.view.groups["feature"]
+    names = [f"F{k}" for k in range(NUM_FEATURES)]
+    normalized_features = features.with_elementwise(names, Affine(mean, scale))
+    dataset.view = dataset.view.with_group("feature", normalized_features)
+    return dataset
+
+
+def test_members_may_have_their_own_statistics_of_normalization() -> None:
+    datasets = [make_dataset(0.0, 1.0), make_dataset(0.5, 2.0)]
+    fleet, single = members("GRU")[:2], members("GRU")[:2]
+    fit_fleet(fleet, datasets)
+    for model, dataset in zip(single, datasets, strict=True):
+        model.fit(dataset)
+    assert_equal_fits(fleet, single)
+    assert [m.fit_report_["fleet_members"] for m in fleet] == [2, 2]
+    assert largest_difference(*fleet) > 1e-4
 
 
 def test_members_may_have_their_own_day_labels() -> None:

@@ -1,0 +1,117 @@
+"""The losses of all members of a fleet, whose numbers may differ: weights of a sum, deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtorch.data.dataset.batch import Batch
+from qtorch.data.transfer import send_to_device
+from qtorch.model.fleet.calls import call_for_members
+from qtorch.model.fleet.member import Member
+from qtorch.model.loop.module import ScoreModule
+
+LABEL_TENSORS = ("date", "instrument", "y", "weight", "mask")
+
+
+class MemberLosses:
+    """The loss of each member; members with equal losses are computed at once.
+
+    `network` is the network that all members have in common.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self.network, self.device = network, device
+        self._modules: dict[str, ScoreModule] = {}
+        self._texts: list[str] = []
+        self._groups: dict[tuple[int, ...], tuple[list[tuple[str, Tensor]], Tensor]] = {}
+
+    def set_members(self, members: Sequence[Member]) -> None:
+        """Take the losses of the members of the stack, in their order."""
+        self._texts, self._groups = [member.loss_text for member in members], {}
+        for text, member in zip(self._texts, members, strict=True):
+            if text not in self._modules:
+                loss = member.loss
+                loss = loss.to(self.device) if isinstance(loss, nn.Module) else loss
+                self._modules[text] = ScoreModule(
+                    self.network, loss, partial(_use_template, member), num_days=0
+                )
+
+    def select_modules(self, members: Sequence[int]) -> list[ScoreModule]:
+        """Return the modules of the different losses of some members."""
+        return [self._modules[text] for text in dict.fromkeys(self._texts[m] for m in members)]
+
+    def sums(
+        self,
+        members: Sequence[int],
+        scores: Tensor,
+        tensors: Mapping[str, Tensor],
+        *,
+        is_shared: bool,
+        is_complete: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return loss sums `[K]` and weight sums `[K]` of members with `scores [K, ...]`.
+
+        `tensors` are those of a batch by name, with a member axis unless it `is_shared`.
+        """
+        labels = {name: tensors[name] for name in LABEL_TENSORS if name in tensors}
+        groups, order = self._group(members)
+        parts = []
+        for text, rows in groups:
+            module, part = self._modules[text], labels
+            if not is_shared:
+                part = {name: t.index_select(0, rows) for name, t in labels.items()}
+
+            def sums_of_member(
+                state: dict[str, Tensor],
+                score: Tensor,
+                values: dict[str, Tensor],
+                module: ScoreModule = module,
+            ) -> tuple[Tensor, Tensor]:
+                return member_sums(module, score, values, is_complete=is_complete)
+
+            arguments: tuple[Any, ...] = {}, scores.index_select(0, rows), part
+            parts.append(
+                call_for_members(sums_of_member, arguments, (0, 0, None if is_shared else 0), rows)
+            )
+        total, weight = (
+            torch.cat(each).index_select(0, order) for each in zip(*parts, strict=True)
+        )
+        return total, weight
+
+    def _group(self, members: Sequence[int]) -> tuple[list[tuple[str, Tensor]], Tensor]:
+        """Return each loss with the places of its members, and the order of all places."""
+        key = tuple(members)
+        if key not in self._groups:
+            places: dict[str, list[int]] = {}
+            for place, member in enumerate(members):
+                places.setdefault(self._texts[member], []).append(place)
+            all_places = torch.tensor([place for part in places.values() for place in part])
+            groups = [
+                (text, send_to_device(torch.tensor(part), self.device))
+                for text, part in places.items()
+            ]
+            self._groups[key] = groups, send_to_device(all_places.argsort(), self.device)
+        return self._groups[key]
+
+
+def member_sums(
+    module: ScoreModule, score: Tensor, values: Mapping[str, Any], *, is_complete: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the loss sum and the weight sum of one member's scores.
+
+    `values` are the tensors of its batch; its features are not used.
+    """
+    batch = Batch(**{**values, "x": score})
+    total, weight = module.loss_sums_from_scores(score, batch, complete=is_complete)
+    if isinstance(weight, int):
+        weight = torch.full((), float(weight), device=total.device)
+    return total, weight
+
+
+def _use_template(member: Member, parameters: Any) -> Any:
+    return member.template
