@@ -23,10 +23,12 @@ from qtorch.tracking.store_types import RunRow
 
 @dataclass(eq=False)
 class _Activation:
-    """An active run's tracking URI, and the one to return to after it."""
+    """An active run's tracking URI and experiment, and those to return to after it."""
 
     uri: str
     earlier_uri: Any
+    experiment_id: str
+    earlier_experiment_id: str | None
 
 
 _activations: list[_Activation] = []
@@ -35,15 +37,20 @@ _activations: list[_Activation] = []
 def activate_run(uri: str, row: RunRow) -> Callable[[], None]:
     """Make a run MLflow's active run in this thread; return the function that undoes it.
 
-    MLflow's tracking URI becomes that of the run, for the whole process, until then. An active run
-    of the user's own stays below it on the stack. The environment does not change, so that no
+    MLflow's tracking URI and experiment become those of the run, for the whole process, until then,
+    so that `mlflow.start_run(nested=True)` adds a run to the same experiment. An active run of the
+    user's own stays below it on the stack. The environment does not change, so that no
     child process inherits a URI with a password.
     """
     service: Any = tracking_service  # its type says that the URI is None
     # Runs that are active at once (the members of a fleet) may end in any order.
-    activation = _Activation(uri, service._tracking_uri)
+    module: Any = fluent  # its type says that the experiment is None
+    activation = _Activation(
+        uri, service._tracking_uri, row.experiment_id, module._active_experiment_id
+    )
     _activations.append(activation)
     _set_tracking_uri(uri)
+    module._active_experiment_id = row.experiment_id
     info = RunInfo(
         row.id,
         row.experiment_id,
@@ -68,8 +75,13 @@ def activate_run(uri: str, row: RunRow) -> Callable[[], None]:
         del _activations[place]
         if later:
             later[0].earlier_uri = activation.earlier_uri
-        elif service._tracking_uri == uri:  # else the user has set another one meanwhile
+            later[0].earlier_experiment_id = activation.earlier_experiment_id
+            return
+        # Otherwise the user has set another one meanwhile.
+        if service._tracking_uri == uri:
             _set_tracking_uri(activation.earlier_uri)
+        if module._active_experiment_id == activation.experiment_id:
+            module._active_experiment_id = activation.earlier_experiment_id
 
     return deactivate
 

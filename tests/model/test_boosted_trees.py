@@ -203,3 +203,21 @@ def test_missing_values_on_the_test_segment_are_scored(dataset):
                   CatBoostModel(num_boost_round=5, **CATBOOST)):  # fmt: skip
         model.fit(dataset)
         assert model.predict(holes).notna().all()
+
+
+def test_each_training_of_a_run_has_its_own_curves(dataset, tmp_path):
+    pytest.importorskip("xgboost")
+    recorder = ToyRecorder(tmp_path)
+    model = XGBModel(0, 4, **XGBOOST)
+    model.fit(dataset, recorder=recorder)
+    model.fit(dataset, recorder=recorder)  # the same training
+    curves = {"valid/rmse": model.evals_result_["valid"]["rmse"]}
+    model.finetune(dataset, recorder=recorder, num_boost_round=2)
+    curves["finetune/train/rmse"] = model.evals_result_["train"]["rmse"]
+    other = XGBModel(0, 6, **{**XGBOOST, "eta": 0.1})
+    other.fit(dataset, recorder=recorder)
+    curves["fit_2/valid/rmse"] = other.evals_result_["valid"]["rmse"]
+    history = recorder.history()  # raises if a step has two values
+    for name, values in curves.items():
+        assert [value for (key, _), value in history.items() if key == name] == values
+    assert not any(name.startswith("fit_3") for name, _ in history)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from toy_training import (
     ToyDataset,
     ToyRecorder,
@@ -255,3 +255,44 @@ def test_no_validation_is_refused_with_an_early_stop(dataset: ToyDataset) -> Non
     with pytest.raises(ConfigError, match="limit_val_batches"):
         model.finetune(dataset, early_stop=3)
     assert isinstance(model.loss, str | MSE)
+
+
+@pytest.mark.parametrize("is_user_module", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"monitor": "valid/loss"}, {"every_n_train_steps": 5}, {"val_check_interval": 8}],
+)
+def test_files_of_a_model_checkpoint_resume_exactly(
+    dataset: ToyDataset, tmp_path: Path, options, is_user_module: bool
+) -> None:
+    network = UserModule(4) if is_user_module else None
+    monitor = "own_valid_loss" if is_user_module else "loss"
+    options, trainer = dict(options), {"max_epochs": 3}
+    if "val_check_interval" in options:
+        trainer["val_check_interval"] = options.pop("val_check_interval")
+        options["monitor"] = "own_valid_loss" if is_user_module else "valid/loss"
+    elif "monitor" in options and is_user_module:
+        options["monitor"] = "own_valid_loss"
+    arguments: dict[str, Any] = {"optimizer": FAST, "monitor": monitor, "trainer": trainer}
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, **options)
+    whole = fit_model(dataset, network, callbacks=[saver], **arguments)
+    paths = list(tmp_path.glob("*.ckpt"))
+    assert len(paths) >= 3
+    for path in paths:
+        model = make_model(network, **arguments)
+        model.fit(dataset, resume=path)
+        assert model.evals_result_ == whole.evals_result_, path.name
+        assert model.fit_report_["best_step"] == whole.fit_report_["best_step"]
+        assert same_weights(model_weights(model), model_weights(whole))
+
+
+def test_checkpoint_before_an_epoch_was_recorded_is_refused(
+    dataset: ToyDataset, tmp_path: Path
+) -> None:
+    class Save(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    fit_model(dataset, callbacks=[Save()])
+    with pytest.raises(ConfigError, match="end of epoch 0, before its metrics were complete"):
+        make_model().fit(dataset, resume=tmp_path / "0.ckpt")

@@ -56,6 +56,25 @@ def test_nested_runs_and_runs_of_the_user_keep_their_order():
     assert values == [3, 1]
     with R.uri_context(outer.uri):
         assert R.get_recorder(recorder_id=own.info.run_id).list_metrics() == {"a": 2}
+    assert own.info.experiment_id == outer.experiment_id
+    assert own.data.tags["mlflow.parentRunId"] == outer.id
+
+
+def test_experiment_of_the_user_is_active_again_after_the_run():
+    experiment = mlflow.set_experiment("mine")
+    with R.start(experiment_name="e"):
+        first = R.get_recorder()
+        with mlflow.start_run(nested=True) as child:
+            assert child.info.experiment_id == first.experiment_id
+    with mlflow.start_run() as run:
+        assert run.info.experiment_id == experiment.experiment_id
+    with R.start(experiment_name="e"):
+        other = mlflow.set_experiment("other")  # what the user sets stays
+    uri = R.get_uri()
+    mlflow.set_tracking_uri(uri)
+    with mlflow.start_run() as run:
+        assert run.info.experiment_id == other.experiment_id
+    mlflow.set_tracking_uri("sqlite:///own.db")
 
 
 def test_failed_run_and_end_in_another_thread_leave_no_active_run():

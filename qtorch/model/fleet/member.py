@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from qtorch.core.errors import ConfigError, DataError
+from qtorch.core.errors import DataError
 from qtorch.core.runtime import seed_everything
 from qtorch.data.dataset.batches import BatchLoader
 from qtorch.data.dataset.samples import Samples
@@ -33,11 +33,16 @@ from qtorch.model.loop.loader import (
 )
 from qtorch.model.loop.options import build_early_stopping
 from qtorch.model.loop.progress import (
-    MONITOR_NAMES,
     TRAIN_LOSS,
     FitProgress,
 )
-from qtorch.model.loop.schedules import SchedulerPlan, TrainingLength, complete_plan, scheduler_plan
+from qtorch.model.loop.schedules import (
+    SchedulerPlan,
+    TrainingLength,
+    check_scheduler,
+    complete_plan,
+    scheduler_plan,
+)
 from qtorch.model.loop.training import training_identity
 from qtorch.model.recipe import FitInputs, Recipe
 from qtorch.tracking.recorder import TrainingRecorder
@@ -225,7 +230,10 @@ class Member:
             self.valid_loader = BatchLoader(self.valid, seed=recipe.seed, **arguments)
         length = TrainingLength(self.num_batches, options.max_epochs, -1)
         self.plan: SchedulerPlan | None = complete_plan(scheduler_plan(recipe.scheduler), length)
-        self.scheduler = None if self.plan is None else self.plan.factory(self.template)
+        self.scheduler: Any = None
+        if self.plan is not None:
+            self.scheduler = self.plan.factory(self.template)
+            check_scheduler(self.scheduler, self.plan, has_validation=self.valid is not None)
         self.num_steps = 0  # optimizer steps
 
     @staticmethod
@@ -330,11 +338,8 @@ class Member:
         if not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
             return
-        name = plan.monitor or "loss"
-        name = MONITOR_NAMES.get(name, name)
-        if name not in values:
-            raise ConfigError(f"the scheduler monitors {name!r}; an epoch has {', '.join(values)}.")
-        scheduler.step(values[name])
+        if plan.metric in values:
+            scheduler.step(values[plan.metric])
 
     # -- state and result ----------------------------------------------------------------------
 

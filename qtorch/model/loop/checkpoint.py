@@ -23,7 +23,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.callbacks import Checkpoint, ProgressBar
+from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ProgressBar
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
@@ -34,6 +34,7 @@ from qtorch.core.session import resolve_path
 from qtorch.model.loop.interruption import StopTraining
 from qtorch.model.loop.lightning_internals import (
     epoch_state,
+    num_finished_epochs,
     restore_epoch_state,
     unsent_metrics,
     validates_next,
@@ -383,7 +384,8 @@ class CheckpointCallback(Checkpoint):
     `members` holds the progress of each member that the fit trains; a usual fit has one.
 
     `monitor` is the metric that decides the best epoch, `mode` is "min" or "max". This callback
-    must be the last one to see the end of an epoch.
+    must be the last one to see the end of an epoch, and its `progress_callback` the first of those
+    that save checkpoints.
 
     The weights that are kept are those that were validated: also if a validation takes place within
     an epoch, and if a callback (weight averaging) or the optimizer (schedule-free) exchanges the
@@ -424,6 +426,7 @@ class CheckpointCallback(Checkpoint):
         self._is_new_best = False  # and not yet in a checkpoint
         self._is_checkpoint_due = False  # within the epoch, not yet written
         self._unsent_metrics: list[tuple[dict[str, float], int]] = []
+        self.progress_callback = ProgressCallback(self)
 
     # -- hooks ---------------------------------------------------------------------------------
 
@@ -463,7 +466,8 @@ class CheckpointCallback(Checkpoint):
             # Other callbacks have exchanged the weights by now, and will have put them back later.
             self._validated_weights = gather_weights(get_network(pl_module))
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def record_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Record a validation that has ended; one within an epoch is a point of the history."""
         self._valid_seconds += time.perf_counter() - self._valid_start_time
         if trainer.sanity_checking:
             return
@@ -480,6 +484,8 @@ class CheckpointCallback(Checkpoint):
         position = self.loader.position
         if has_listeners():
             self._send_heartbeat(trainer, position)
+        if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True  # then a validation follows, as at the end of an epoch
         if isinstance(pl_module, ScoreModule):
             num_pending = pl_module.weight_update.num_pending
         else:
@@ -496,7 +502,8 @@ class CheckpointCallback(Checkpoint):
         if stop:
             self._stop(trainer.current_epoch, position)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def record_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Record an epoch that has ended, and judge its weights."""
         member_values = self._epoch_values(trainer, pl_module)
         end_time = time.perf_counter()
         self.train_seconds += end_time - self._epoch_start_time - self._valid_seconds
@@ -515,10 +522,12 @@ class CheckpointCallback(Checkpoint):
                 self._send_metrics(trainer, values, member.steps[-1])
                 self._check_loss(trainer, member, values)
             else:
-                _warn_nan(values, trainer.current_epoch)
+                _warn_nonfinite(values, trainer.current_epoch)
         self._validated_weights = None
         if all(member.is_stopped for member in self.members):
             trainer.should_stop = True
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save_checkpoint(trainer)
         if self.ranks.any_rank(self.interruption.stop_requested):
             self._stop(trainer.current_epoch + 1, 0)
@@ -706,6 +715,7 @@ class CheckpointCallback(Checkpoint):
             "members": [member.state_dict() for member in self.members],
             "due": [] if isinstance(pl_module, ScoreModule) else unsent_metrics(trainer),
             "validation_names": sorted(self.validation_names),
+            "has_validated": self._has_validated,
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
             "num_trained": self.num_train_samples,
@@ -720,6 +730,12 @@ class CheckpointCallback(Checkpoint):
         state = checkpoint[CALLBACK_STATE_KEY]
         self._resume_states = RankStates.from_checkpoint(checkpoint, self.loader.source.seed)
         self.members = FitProgress.from_states(state.get("members", [state]))
+        if num_finished_epochs(checkpoint) > max(member.epochs for member in self.members):
+            raise ConfigError(
+                f"a callback saved this checkpoint at the end of epoch {checkpoint['epoch']}, "
+                f"before its metrics were complete: resume from {LAST} of the training, or save "
+                "with Lightning's ModelCheckpoint."
+            )
         if isinstance(pl_module, ScoreModule):
             self._unsent_metrics = [
                 point for m in self.members for point in zip(m.history, m.steps, strict=True)
@@ -727,14 +743,48 @@ class CheckpointCallback(Checkpoint):
         else:
             self._unsent_metrics = list(state["due"])
         self.validation_names = set(state.get("validation_names", ()))
+        self._has_validated = bool(state.get("has_validated", False))
         self.seconds, self.train_seconds = state["seconds"], state["train_seconds"]
         self.num_train_samples = state["num_trained"]
 
 
+class ProgressCallback(EarlyStopping):
+    """Record validations and epochs before a ModelCheckpoint of the user's saves them.
+
+    A training that resumes from such a file would otherwise lack the epoch. It is of the kind of
+    callbacks that see the end of an epoch after the module has logged its metrics.
+    """
+
+    def __init__(self, checkpoint_callback: CheckpointCallback) -> None:
+        super().__init__(checkpoint_callback.monitor)
+        self.checkpoint_callback = checkpoint_callback
+
+    @property
+    def state_key(self) -> str:
+        return type(self).__qualname__
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Do nothing: the choices of early stopping have no meaning here."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # CheckpointCallback holds the progress
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.checkpoint_callback.record_validation(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.checkpoint_callback.record_epoch(trainer, pl_module)
+
+
 def validates_within_epochs(trainer: pl.Trainer) -> bool:
     """Whether validations take place at other times than at the end of epochs."""
-    interval = trainer.val_check_interval
-    return interval not in (None, 1.0) or trainer.check_val_every_n_epoch is None
+    interval = getattr(trainer, "val_check_interval", None)  # Lightning does not set it for a time
+    return not is_whole_epoch(interval) or trainer.check_val_every_n_epoch is None
+
+
+def is_whole_epoch(interval: Any) -> bool:
+    """Whether a `val_check_interval` is a whole epoch: the fraction 1.0; 1 is a single batch."""
+    return isinstance(interval, float) and interval == 1.0
 
 
 def _exchanges_weights(trainer: Any) -> bool:
@@ -746,15 +796,16 @@ def _exchanges_weights(trainer: Any) -> bool:
     return any(callable(getattr(o, "eval", None)) for o in trainer.optimizers) or any(
         all(any(is_overridden(name, callback, pl.Callback) for name in names) for names in hooks)
         for callback in trainer.callbacks
-        if not isinstance(callback, ProgressBar | CheckpointCallback)
+        if not isinstance(callback, ProgressBar | CheckpointCallback | ProgressCallback)
     )
 
 
-def _warn_nan(values: dict[str, float], epoch: int) -> None:
-    """Warn about metrics of a user's module that are NaN."""
-    names = [name for name, value in values.items() if math.isnan(value)]
-    if names:
-        log.warning("epoch %d: %s is NaN.", epoch, ", ".join(names))
+def _warn_nonfinite(values: dict[str, float], epoch: int) -> None:
+    """Warn about metrics of a user's module that are NaN or infinite."""
+    for word, is_such in (("NaN", math.isnan), ("infinite", math.isinf)):
+        names = [name for name, value in values.items() if is_such(value)]
+        if names:
+            log.warning("epoch %d: %s is %s.", epoch, ", ".join(names), word)
 
 
 def get_network(module: pl.LightningModule) -> torch.nn.Module:

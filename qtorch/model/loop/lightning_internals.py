@@ -55,6 +55,14 @@ def count_optimizer_step(trainer: pl.Trainer) -> None:
     progress.increment_completed()
 
 
+def num_finished_epochs(checkpoint: dict[str, Any]) -> int:
+    """Return how many epochs a resumed training does not train again.
+
+    The checkpoint's public entry "epoch" is the same before and after the end of an epoch.
+    """
+    return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+
+
 def shard_over_all_ranks(strategy: ModelParallelStrategy) -> None:
     """Let a strategy shard the weights over all ranks, whose number it knows only now.
 
@@ -189,8 +197,9 @@ def restore_epoch_state(module: pl.LightningModule, state: dict[str, Any]) -> No
 
 
 def _is_between_epochs(trainer: pl.Trainer) -> bool:
-    """Whether all batches of the epoch are done: Lightning has no current batch."""
-    return trainer._logger_connector._first_loop_iter is None
+    """Whether all batches of the epoch and its validation are done."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return bool(progress.processed == progress.ready)
 
 
 def _serialize_result(result: _ResultMetric) -> dict[str, Any]:

@@ -33,13 +33,14 @@ from qtorch.model.loop.progress import (
     mean_or_nan,
 )
 from qtorch.model.loop.rank_group import RankGroup
-from qtorch.model.loop.schedules import SchedulerPlan
+from qtorch.model.loop.schedules import SchedulerPlan, check_scheduler
 from qtorch.model.loop.scoring import ForwardAdapter, get_readout
 from qtorch.model.loop.sharding import shard
 from qtorch.model.loop.weight_update import WeightUpdate, check_optimizer
 from qtorch.nn.lora import LoRA, use_effective_weights
 
 MODULE_STATE_KEY = "qtorch_module"
+MONITORED = "monitored_value"  # a key of its state
 OLD_NAMES = {
     "undivided": "single_device_reason",
     "learnt": "trainable_parameters",
@@ -377,6 +378,7 @@ class ScoreModule(pl.LightningModule):
         """
         for metrics, values in zip(self.accumulator.epoch_metrics, member_metrics, strict=True):
             metrics.update(values)
+        self.weight_update.read_metrics(member_metrics[0])
         # As tensors on the CPU: Lightning would copy numbers to the device and back again.
         tensors = {name: torch.tensor(value) for name, value in member_metrics[0].items()}
         if self.trainer.progress_bar_callback is None:
@@ -401,7 +403,11 @@ class ScoreModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizers = [self.optimizer_factory(self.trainable_parameters()), *self.extra_optimizers()]
         check_optimizer(optimizers[0], self.ranks.size)
-        return optimizers, [] if self.plan is None else [self.plan.factory(optimizers[0])]
+        if self.plan is None:
+            return optimizers, []
+        scheduler = self.plan.factory(optimizers[0])
+        check_scheduler(scheduler, self.plan, has_validation=self.trainer.enable_validation)
+        return optimizers, [scheduler]
 
     # -- for Lightning -------------------------------------------------------------------------
 
@@ -414,10 +420,13 @@ class ScoreModule(pl.LightningModule):
         return batch  # the loader gathers on the device
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[MODULE_STATE_KEY] = self.accumulator.state()
+        monitored_value = self.weight_update.monitored_value
+        checkpoint[MODULE_STATE_KEY] = {**self.accumulator.state(), MONITORED: monitored_value}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.accumulator.load(checkpoint[MODULE_STATE_KEY], self.device)
+        state = checkpoint[MODULE_STATE_KEY]
+        self.accumulator.load(state, self.device)
+        self.weight_update.monitored_value = state.get(MONITORED)
 
 
 def get_module_class(spec: Any) -> type[ScoreModule]:

@@ -36,12 +36,16 @@ from qtorch.core.runtime import is_notebook, resolve_device
 from qtorch.core.trust import StoredText
 from qtorch.data.dataset.samples import require_segment
 from qtorch.model.loop.callbacks import BatchProgressBar, NotebookProgressBar
-from qtorch.model.loop.checkpoint import AtomicCheckpointIO
+from qtorch.model.loop.checkpoint import (
+    AtomicCheckpointIO,
+    is_whole_epoch,
+    validates_within_epochs,
+)
 from qtorch.model.loop.factories import component_list
 from qtorch.model.loop.loader import StepLoader
 from qtorch.model.loop.loggers import RecorderLogger, build_loggers
 from qtorch.model.loop.module import ScoreModule
-from qtorch.model.loop.progress import METRICS, MONITOR_NAMES, find_metric
+from qtorch.model.loop.progress import METRICS, MONITOR_NAMES, find_metric, get_mode
 from qtorch.model.loop.rank_group import RankEnvironment, RankInfo
 from qtorch.process.heartbeat import has_listeners
 
@@ -78,6 +82,9 @@ REJECTED_FOR_SCORE_MODULES: dict[type, str] = {
     "finetune(unfreeze_every=...).",
 }
 
+# Arguments that are a number of batches, as an integer, or a part of all batches.
+BATCH_COUNTS = ("limit_train_batches", "limit_val_batches", "overfit_batches", "val_check_interval")
+FAST_RUN = "fast_dev_run"
 LIGHTNING_ERRORS = (MisconfigurationException, ValueError, TypeError)  # for wrong arguments
 
 NUMBER_TYPES: dict[str, tuple[type, ...]] = {
@@ -120,14 +127,14 @@ class TrainerOptions:
     @property
     def counts_batches(self) -> bool:
         """Whether one of the arguments counts single training batches."""
-        arguments = self.arguments
-        return arguments.get("val_check_interval") not in (None, 1.0)
+        interval = self.arguments.get("val_check_interval")
+        return interval is not None and not is_whole_epoch(interval)
 
     @property
     def max_epochs(self) -> int:
         """The largest number of epochs, -1 without a limit."""
         arguments = self.arguments
-        if arguments.get("fast_dev_run"):
+        if arguments.get(FAST_RUN):
             return 1
         if arguments.get("max_epochs") is not None:
             return int(arguments["max_epochs"])
@@ -166,6 +173,7 @@ def trainer_options(user_arguments: Mapping[str, Any] | None, callbacks: Any) ->
         del arguments["default_root_dir"]  # a stranger must not choose where files are written
     _check_devices(user_arguments)
     _check_numbers(user_arguments)
+    _check_batch_counts(user_arguments)
     clip = arguments.pop("gradient_clip_val", None)
     callback_specs = component_list(arguments.pop("callbacks", None)) + component_list(callbacks)
     all_callbacks = [init_instance_by_config(c, accept_types=Callback) for c in callback_specs]
@@ -196,8 +204,8 @@ def _batch_limits(
     limits = arguments.pop("limit_train_batches", None), arguments.pop("limit_val_batches", None)
     if overfit_batches > 0:
         limits = overfit_batches, overfit_batches
-    if arguments.get("fast_dev_run"):
-        count = int(arguments["fast_dev_run"])  # True is one batch
+    if arguments.get(FAST_RUN):
+        count = int(arguments[FAST_RUN])  # True is one batch
         limits = count, count
     return limits
 
@@ -269,6 +277,29 @@ def _check_numbers(arguments: Mapping[str, Any]) -> None:
     algorithm = arguments.get("gradient_clip_algorithm")
     if algorithm is not None:
         check_name("trainer.gradient_clip_algorithm", str(algorithm), ("norm", "value"))
+
+
+def _check_batch_counts(arguments: Mapping[str, Any]) -> None:
+    """Check the numbers of batches, most of which Lightning does not see."""
+    for name in BATCH_COUNTS:
+        value, minimum = arguments.get(name), int(name == "val_check_interval")
+        if isinstance(value, bool) or (isinstance(value, int) and value < minimum):
+            is_valid = False
+        else:
+            is_valid = not isinstance(value, float) or 0 <= value <= 1
+        if not is_valid:
+            raise ConfigError(
+                f"trainer.{name} is {value!r}; expected a number of batches of at least {minimum} "
+                "(an integer), or a part of them from 0.0 to 1.0."
+            )
+    accumulate, fast_dev_run = arguments.get("accumulate_grad_batches"), arguments.get(FAST_RUN)
+    if accumulate is not None:
+        check_count("trainer.accumulate_grad_batches", accumulate)
+    if fast_dev_run is not None and not isinstance(fast_dev_run, int):
+        raise ConfigError(
+            f"trainer.fast_dev_run is {fast_dev_run!r}; expected true, false or a number of "
+            "batches (an integer)."
+        )
 
 
 def check_count(name: str, value: Any, *, minimum: int = 1) -> None:
@@ -374,8 +405,7 @@ def resolve_monitor(monitor: str, mode: str | None = None) -> tuple[str, str]:
     name = MONITOR_NAMES.get(monitor, monitor)
     if mode is not None:
         check_name("mode of the monitor", mode, ("min", "max"))
-    is_lower_better = any(word in name.lower() for word in ("loss", "error", "mse", "mae", "rmse"))
-    return name, mode or ("min" if is_lower_better else "max")
+    return name, mode or get_mode(name)
 
 
 def check_monitor(name: str, *, full_name: bool = False) -> None:
@@ -401,6 +431,11 @@ class ScoreEarlyStopping(EarlyStopping):
     def state_key(self) -> str:
         """The key of this callback in checkpoints, which does not depend on the spelling."""
         return self._state_key
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # As Lightning's own, which takes an interval of one batch for an epoch and fails for times.
+        is_by_epoch = not validates_within_epochs(trainer) and trainer.check_val_every_n_epoch == 1
+        self._check_on_train_epoch_end = is_by_epoch
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._is_due(trainer, pl_module):

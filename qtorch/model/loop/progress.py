@@ -55,6 +55,12 @@ def find_metric(name: str, names: Iterable[str]) -> str:
     return matches[0] if len(matches) == 1 else name
 
 
+def get_mode(name: str) -> str:
+    """Return "min" if a smaller value of the metric is better, else "max"."""
+    is_lower_better = any(word in name.lower() for word in ("loss", "error", "mse", "mae", "rmse"))
+    return "min" if is_lower_better else "max"
+
+
 class LossAccumulator:
     """Weighted loss sums of an epoch in float64, and the metrics of that epoch.
 
@@ -141,9 +147,12 @@ class FitProgress:
     is_stopped: bool = False
 
     def is_improvement(self, value: float, mode: str) -> bool:
-        """Whether a value of the monitored metric is the best so far; `mode` is "min" or "max"."""
+        """Whether a value of the monitored metric is the best so far; `mode` is "min" or "max".
+
+        NaN and infinite values are never the best.
+        """
         is_better = value < self.best_value if mode == "min" else value > self.best_value
-        return not math.isnan(value) and (is_better or math.isnan(self.best_value))
+        return math.isfinite(value) and (is_better or math.isnan(self.best_value))
 
     def add_point(self, values: dict[str, float], step: int) -> None:
         """Add metrics to the history."""

@@ -10,16 +10,19 @@ from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from qtorch.core.errors import ConfigError, check_name
+from qtorch.core.instantiate import resolve_config
 from qtorch.model.loop.factories import Spec, build_factory, explain_errors
+from qtorch.model.loop.progress import METRICS, MONITOR_NAMES, get_mode
 
 OPTIONS = ("scheduler", "interval", "frequency", "monitor")
 # An argument of this name is filled in if it is not configured.
 LENGTH_ARGUMENTS = ("total_steps", "num_training_steps")
 # Texts that stand for a number, as the value of an argument: {"T_max": "total_steps"}.
 LENGTH_NAMES = ("total_steps", "max_epochs", "steps_per_epoch")
+STEP_NAMES = ("total_steps", "steps_per_epoch")  # those that count optimizer steps
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,34 @@ class SchedulerPlan:
 
     `interval` is "epoch" (after validation) or "step" (after each optimizer step), `frequency` the
     number of intervals between two steps, `monitor` the metric that is passed to a scheduler such
-    as ReduceLROnPlateau.
+    as ReduceLROnPlateau, once after each time that it is computed.
     """
 
     factory: Callable[[Optimizer], Any]
     interval: str = "epoch"
     frequency: int = 1
     monitor: str | None = None
+
+    @property
+    def metric(self) -> str:
+        """The full name of the metric to monitor."""
+        name = self.monitor or "loss"
+        return MONITOR_NAMES.get(name, name)
+
+
+@dataclass(frozen=True)
+class SchedulerChain:
+    """The factory of a scheduler of schedulers: SequentialLR or ChainedScheduler.
+
+    `outer` builds it from an optimizer and the list of what `parts` build.
+    """
+
+    outer: Callable[..., Any]
+    parts: tuple[Callable[..., Any], ...]
+
+    def __call__(self, optimizer: Optimizer) -> Any:
+        schedulers = [part(optimizer) for part in self.parts]
+        return self.outer(optimizer=optimizer, schedulers=schedulers)
 
 
 @dataclass(frozen=True)
@@ -65,7 +89,9 @@ def scheduler_plan(spec: Spec | SchedulerPlan | None) -> SchedulerPlan | None:
 
     `spec` is None, a configuration without `optimizer`, a callable, or a mapping with `scheduler`
     and any of `interval`, `frequency`, `monitor`. The default interval is "step" for a schedule
-    over the number of optimizer steps (such as OneCycleLR), otherwise "epoch".
+    over the number of optimizer steps (such as OneCycleLR), otherwise "epoch". The `schedulers` of
+    a SequentialLR or ChainedScheduler are such configurations as well. ReduceLROnPlateau gets the
+    `mode` of the metric, unless it is configured.
     """
     if spec is None or isinstance(spec, SchedulerPlan):
         return spec
@@ -75,14 +101,24 @@ def scheduler_plan(spec: Spec | SchedulerPlan | None) -> SchedulerPlan | None:
         spec = options.pop("scheduler")
         for name in options:
             check_name("option of scheduler", name, OPTIONS)
-    factory = build_factory(spec, "scheduler")
+    factory = _build_scheduler_factory(spec)
     if options.get("interval") is None:
-        arguments = _keyword_arguments(factory)
-        counts_steps = bool(_missing_lengths(factory)) or "total_steps" in arguments.values()
-        options["interval"] = "step" if counts_steps else "epoch"
+        options["interval"] = "step" if _counts_steps(factory) else "epoch"
     plan = SchedulerPlan(factory, **options)
     check_name("interval of the scheduler", plan.interval, ("epoch", "step"))
+    check_name("metric for the scheduler", plan.metric, (*MONITOR_NAMES, *METRICS))
+    if _product(factory) is ReduceLROnPlateau and "mode" not in _keyword_arguments(factory):
+        plan = replace(plan, factory=partial(factory, mode=get_mode(plan.metric)))
     return plan
+
+
+def _build_scheduler_factory(spec: Any) -> Callable[..., Any]:
+    spec = resolve_config(spec)
+    parts = spec.get("schedulers") if isinstance(spec, Mapping) else None
+    if not isinstance(parts, list | tuple):
+        return build_factory(spec, "scheduler")
+    outer = build_factory({k: v for k, v in spec.items() if k != "schedulers"}, "scheduler")
+    return SchedulerChain(outer, tuple(_build_scheduler_factory(part) for part in parts))
 
 
 def complete_plan(plan: SchedulerPlan | None, length: TrainingLength) -> SchedulerPlan | None:
@@ -100,18 +136,65 @@ def complete_plan(plan: SchedulerPlan | None, length: TrainingLength) -> Schedul
         "max_epochs": length.total_epochs,
         "steps_per_epoch": length.steps_per_epoch,
     }
+    return replace(plan, factory=_complete_factory(plan.factory, values))
+
+
+def _complete_factory(factory: Callable[..., Any], values: Mapping[str, int]) -> Any:
+    if isinstance(factory, SchedulerChain):
+        parts = tuple(_complete_factory(part, values) for part in factory.parts)
+        return explain_errors(replace(factory, parts=parts), "scheduler")
     arguments = {
         name: values[value]
-        for name, value in _keyword_arguments(plan.factory).items()
+        for name, value in _keyword_arguments(factory).items()
         if isinstance(value, str) and value in LENGTH_NAMES
-    } | dict.fromkeys(_missing_lengths(plan.factory), values["total_steps"])
+    } | dict.fromkeys(_missing_lengths(factory), values["total_steps"])
     if -1 in arguments.values():
         raise ConfigError(
             "the scheduler needs the number of steps, but the training has no end: set "
             "trainer.max_epochs or trainer.max_steps."
         )
-    factory = explain_errors(plan.factory, "scheduler")
-    return replace(plan, factory=partial(factory, **arguments) if arguments else factory)
+    if _product(factory) is OneCycleLR:
+        _check_one_cycle({**_keyword_arguments(factory), **arguments}, values["total_steps"])
+    factory = explain_errors(factory, "scheduler")
+    return partial(factory, **arguments) if arguments else factory
+
+
+def _check_one_cycle(arguments: Mapping[str, Any], num_steps: int) -> None:
+    """Raise ConfigError for a cycle that is shorter than the training, where torch would fail."""
+    length = arguments.get("total_steps")
+    if length is None:
+        length = arguments["epochs"] * arguments["steps_per_epoch"]
+    if length < num_steps:
+        raise ConfigError(
+            f"the cycle of OneCycleLR has {length} steps, but the training has up to {num_steps}: "
+            "leave out its total_steps (or epochs and steps_per_epoch), which are then filled in."
+        )
+
+
+def check_scheduler(scheduler: Any, plan: SchedulerPlan, *, has_validation: bool) -> None:
+    """Raise ConfigError for a scheduler that waits for a metric of the validation without one."""
+    if (
+        isinstance(scheduler, ReduceLROnPlateau)
+        and plan.metric.startswith("valid/")
+        and not has_validation
+    ):
+        raise ConfigError(
+            f"the scheduler monitors {plan.metric!r}, but there is no validation: add a segment "
+            "'valid' (and remove limit_val_batches=0), or monitor train_loss."
+        )
+
+
+def _counts_steps(factory: Callable[..., Any]) -> bool:
+    """Whether a schedule covers a number of optimizer steps."""
+    if isinstance(factory, SchedulerChain):
+        return any(_counts_steps(part) for part in factory.parts)
+    values = _keyword_arguments(factory).values()
+    return bool(_length_arguments(factory)) or any(name in values for name in STEP_NAMES)
+
+
+def _product(factory: Any) -> Any:
+    """Return what a factory calls: for a configuration, the class of the scheduler."""
+    return getattr(factory, "func", factory)
 
 
 def _keyword_arguments(factory: Any) -> dict[str, Any]:
@@ -123,11 +206,16 @@ def _missing_lengths(factory: Any) -> list[str]:
     arguments = _keyword_arguments(factory)
     if {"epochs", "steps_per_epoch"} <= set(arguments):
         return []  # OneCycleLR multiplies them
+    return [n for n in _length_arguments(factory) if arguments.get(n) is None]
+
+
+def _length_arguments(factory: Any) -> list[str]:
+    """Return the names of a scheduler's arguments that are a number of optimizer steps."""
     try:
-        parameters = inspect.signature(getattr(factory, "func", factory)).parameters
+        parameters = inspect.signature(_product(factory)).parameters
     except (TypeError, ValueError):
         return []
-    return [n for n in LENGTH_ARGUMENTS if n in parameters and arguments.get(n) is None]
+    return [name for name in LENGTH_ARGUMENTS if name in parameters]
 
 
 class WarmupCosine(LambdaLR):

@@ -91,7 +91,8 @@ class ForwardAdapter:
 
     A network of single samples receives a day batch flattened. A cross-section network needs day
     batches and raises ConfigError for others. Scores have the shape of the batch: `[B]` or `[B,
-    Q]`, for a day batch `[G, N]` or `[G, N, Q]`.
+    Q]`, for a day batch `[G, N]` or `[G, N, Q]`. A network that ends with `squeeze()` may return
+    the score of a single sample without an axis.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -116,6 +117,8 @@ class ForwardAdapter:
             raise ConfigError(
                 f"{type(self.network).__name__} returned {type(scores).__name__}, not a Tensor."
             )
+        if scores.dim() == 0 and batch.date.numel() == 1:
+            return scores.reshape(batch.date.shape)
         if batch.is_day and not self.cross_section:
             return scores.reshape(*batch.date.shape, *scores.shape[1:])
         return scores

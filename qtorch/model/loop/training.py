@@ -16,6 +16,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EarlyStopping
 from torch import nn
 
 from qtorch.core.configured import plain_value
@@ -87,6 +88,8 @@ IGNORED_WARNINGS = (
     r".*`srun` command is available",  # qtorch starts its rank processes itself
     r".*WeightAveraging callback with a model that overrides the configure_model",
     r".*self\.log\('(train/|valid/|lr).*sync_dist=True",  # already summed over ranks
+    # A ScoreModule steps its optimizer itself; of another module the state is the same.
+    r".*ModelCheckpoint with manual optimization and every_n_train_steps",
     r".*FSDP2-wrapped module.* returned a view",  # scores are never modified in place
 )
 
@@ -141,11 +144,13 @@ class Training:
             check_callbacks(recipe.trainer)
         if self.valid is None:
             check_valid_segment(recipe.early_stop, recipe.monitor, ("train",))
+        self._check_callbacks_of_validation()
         every_n_steps = recipe.checkpoint.get("every_n_steps")
         if every_n_steps is not None:
             every_n_steps = -(-int(every_n_steps) // options.accumulate) * options.accumulate
         self.loader = self._build_loader(self.train, True, options.limit_train, every_n_steps)
         self.module = self._build_module(interruption)
+        self._check_manual_optimization()
         checkpoint_callback = CheckpointCallback(
             self.loader,
             folder=folder,
@@ -165,6 +170,7 @@ class Training:
             internal_callbacks += self.tuning.callbacks(self.network)
         if early_stopping is not None:
             internal_callbacks.append(early_stopping)
+        internal_callbacks.append(checkpoint_callback.progress_callback)
         internal_callbacks.append(checkpoint_callback)  # it sees an epoch's end last
         self.trainer = build_trainer(
             options,
@@ -177,10 +183,60 @@ class Training:
         )
         if isinstance(self.module, ScoreModule) and (epochs := self.trainer.max_epochs or -1) > 0:
             self.trainer.fit_loop.max_epochs = epochs + self.module.pretraining_epochs
+        self._check_validation_interval()
         checkpoint_callback.log_epochs = not self.trainer.progress_bar_callback
         if self.rank_info is not None:
             skip_sigterm_broadcast(self.trainer)
         return checkpoint_callback
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is something to validate on."""
+        return self.valid is not None and self.recipe.trainer.limit_valid != 0
+
+    def _check_callbacks_of_validation(self) -> None:
+        """Raise ConfigError for early stopping by a metric that no validation computes."""
+        for callback in self.recipe.trainer.callbacks:
+            if (
+                isinstance(callback, EarlyStopping)
+                and callback.strict
+                and callback.monitor.startswith("valid/")
+                and not self.has_validation
+            ):
+                raise ConfigError(
+                    f"the callback {type(callback).__name__} monitors {callback.monitor!r}, but "
+                    "there is no validation: remove it, or add a segment 'valid' (and remove "
+                    "limit_val_batches=0)."
+                )
+
+    def _check_manual_optimization(self) -> None:
+        """Raise ConfigError for arguments that a module with an optimization of its own ignores."""
+        if not self.is_user_module or self.module.automatic_optimization:
+            return
+        options = self.recipe.trainer
+        for name, is_set in {
+            "accumulate_grad_batches": options.accumulate > 1,
+            "gradient_clip_val": options.clip_value is not None,
+        }.items():
+            if is_set:
+                raise ConfigError(
+                    f"trainer.{name} has no effect on {type(self.module).__name__}, whose "
+                    "automatic_optimization is False: remove it, and do the same in training_step."
+                )
+
+    def _check_validation_interval(self) -> None:
+        """Raise ConfigError if an epoch ends before its first validation."""
+        interval = getattr(self.trainer, "val_check_interval", None)  # Lightning sets no time there
+        if (
+            isinstance(interval, int)
+            and self.trainer.check_val_every_n_epoch is not None
+            and interval > self.loader.num_batches
+        ):
+            raise ConfigError(
+                f"trainer.val_check_interval is {interval}, but an epoch has "
+                f"{self.loader.num_batches} batches: set a smaller number, or "
+                "check_val_every_n_epoch to null, which counts the batches of all epochs."
+            )
 
     def _trainer_options(self) -> TrainerOptions:
         """Return the trainer options.
@@ -382,7 +438,7 @@ class Training:
             network = self.network if self.unsharded_network is None else self.unsharded_network
         if weights:
             network.load_state_dict(weights)
-        self._warn_nan_monitor(member)
+        self._warn_without_best(member)
         network.cpu()
         if self.tuning is not None:
             network = self.tuning.finalize_network(network)
@@ -407,13 +463,19 @@ class Training:
         self.checkpoint_callback.members = []
         self.__dict__.clear()
 
-    def _warn_nan_monitor(self, member: FitProgress) -> None:
+    def _warn_without_best(self, member: FitProgress) -> None:
+        """Warn if a metric was expected to choose the weights, but had no finite value."""
+        if member.best_weights is not None or not member.history:
+            return
         monitor = self.checkpoint_callback.monitor
         values = [point[monitor] for point in member.history if monitor in point]
-        if values and all(math.isnan(value) for value in values):
-            log.warning(
-                "%s was NaN each time: the weights are the last ones, not the best ones.", monitor
-            )
+        if values:
+            problem = "was NaN each time" if all(map(math.isnan, values)) else "was never finite"
+        elif self.has_validation or self.recipe.early_stop is not None:
+            problem = "was never computed (no validation took place)"
+        else:
+            return  # the user wants the last weights
+        log.warning("%s %s: the weights are the last ones, not the best ones.", monitor, problem)
 
     def _describe_memory(self) -> dict[str, int]:
         """Return bytes: of the features, of the weights, and the peak of the device."""

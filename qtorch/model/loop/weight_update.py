@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from qtorch.core.errors import ConfigError, check_name
+from qtorch.core.errors import ConfigError
 from qtorch.model.loop.lightning_internals import count_optimizer_step
-from qtorch.model.loop.progress import MONITOR_NAMES
 from qtorch.model.loop.schedules import SchedulerPlan
 
 log = logging.getLogger(__name__)
@@ -60,6 +59,8 @@ class WeightUpdate:
         self._loss_value = torch.zeros(())
         self._one: Tensor | None = None
         self._has_warned = False
+        # The scheduler's metric, until it has judged it.
+        self.monitored_value: float | None = None
         self.bypass_hooks = _can_bypass_hooks(module.trainer)
         self.is_autocast = False
 
@@ -120,12 +121,15 @@ class WeightUpdate:
         scheduler = self.module.lr_schedulers()
         if not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()  # type: ignore[union-attr]  # one plan: no list, never None
-            return
-        name = plan.monitor or "loss"
-        name = MONITOR_NAMES.get(name, name)
-        metrics = self.module.trainer.callback_metrics
-        check_name("metric for the scheduler", name, metrics)
-        scheduler.step(float(metrics[name]))
+        elif self.monitored_value is not None:
+            # Without a validation since the last step there is nothing to judge.
+            scheduler.step(self.monitored_value)
+            self.monitored_value = None
+
+    def read_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Remember the metric that the scheduler monitors, if it is among the metrics."""
+        if self.plan is not None and self.plan.metric in metrics:
+            self.monitored_value = metrics[self.plan.metric]
 
     def learning_rates(self) -> list[float]:
         """Return the learning rate of each member, of the first parameter group."""

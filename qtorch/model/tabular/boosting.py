@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from qtorch.core.errors import ConfigError, install_command
+from qtorch.core.identity import digest
 from qtorch.model.base import ModelFT
 from qtorch.model.input_schema import has_valid_segment
+from qtorch.model.loop.curves import name_curves
 from qtorch.model.tabular.base import Rows, TabularModel
 from qtorch.tracking.recorder import current_recorder
 
 if TYPE_CHECKING:
-    from qtorch.tracking.recorder import Recorder
+    from qtorch.tracking.recorder import Recorder, TrainingRecorder
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +134,7 @@ class BoostedTrees(TabularModel, ModelFT):
         log.info("trained %d rounds in %.1f s", self.fit_report_["epochs"], seconds)
         run = current_recorder() if recorder is None else recorder
         if run is not None:
-            log_evaluations(self.evals_result_, run)
+            log_curves([self.evals_result_], run, "fit" if init_booster is None else "finetune")
 
     @abstractmethod
     def _boost(
@@ -181,7 +183,19 @@ def make_fit_report(
     }
 
 
-def log_evaluations(evaluations: Evaluations, recorder: Recorder) -> None:
+def log_curves(parts: Sequence[Evaluations], recorder: Recorder, kind: str) -> None:
+    """Log the metrics of a training; a later training of the run has names of its own.
+
+    `kind` is "fit" or "finetune", see `qtorch.model.loop.curves`. Equal curves are those of the
+    same training, which has been repeated.
+    """
+    named = name_curves(recorder, None, kind, digest(list(parts)))
+    assert named is not None, "there is a recorder"
+    for part in parts:
+        log_evaluations(part, named)
+
+
+def log_evaluations(evaluations: Evaluations, recorder: TrainingRecorder) -> None:
     """Log the metrics of each round as `train/l2`, `valid/l2`; the step is the round."""
     values_by_metric = {
         f"{segment}/{name}": values

@@ -20,7 +20,7 @@ from qtorch.core.errors import ConfigError, check_name
 from qtorch.core.session import session
 from qtorch.model.input_schema import has_valid_segment
 from qtorch.model.tabular.base import Rows, TabularModel
-from qtorch.model.tabular.boosting import Evaluations, bytes_tensor, log_evaluations
+from qtorch.model.tabular.boosting import Evaluations, bytes_tensor, log_curves
 from qtorch.model.tabular.gbdt import boost_lightgbm, load_lightgbm, resolve_parameters
 from qtorch.tracking.recorder import current_recorder
 
@@ -156,8 +156,7 @@ class DEnsembleModel(TabularModel):
         self.evals_result_ = {name: metrics for part in parts for name, metrics in part.items()}
         run = current_recorder() if recorder is None else recorder
         if run is not None:
-            for part in parts:
-                log_evaluations(part, run)
+            log_curves(parts, run, "fit")
 
     def _train_models(
         self, train: Rows, valid: Rows | None
