@@ -37,7 +37,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from omegaconf.errors import OmegaConfBaseException
 
 from qtorch.core.errors import (
     ArgumentError,
@@ -126,7 +125,7 @@ def _without_configs(value: Any) -> Any:
     """Return a value with Hydra's configurations as dicts and lists."""
     try:
         return resolve_config(value)
-    except OmegaConfBaseException as error:
+    except ValueError as error:  # an interpolation without a value
         log.debug("a configuration is stored as a pickle: %s", error)
         return value
 
