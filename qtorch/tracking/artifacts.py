@@ -50,6 +50,7 @@ from qtorch.core.errors import (
 from qtorch.core.file_digest import PLACEHOLDER, check_digest, has_digest, insert_digest
 from qtorch.core.files import atomic_write, cache_folder
 from qtorch.core.names import import_path
+from qtorch.core.plain import resolve_config
 from qtorch.core.secrets import complete_tree, redact_tree
 from qtorch.core.serial import State, Stateful
 from qtorch.core.trust import as_stored_text, load_pickle, locate
@@ -93,9 +94,10 @@ def _file_name(name: str, suffix: str) -> str:
 def write_object(value: Any, folder: Path, name: str) -> Path:
     """Write one object under its logical name and return the path of its file.
 
-    The file is written atomically. Raises TrackingError if writing fails (a full disk) or if the
-    object cannot be stored in any format.
+    The file is written atomically. Hydra's configurations are stored as dicts and lists. Raises
+    TrackingError if writing fails (a full disk) or if the object cannot be stored in any format.
     """
+    value = _without_configs(value)
     last_error: Exception | None = None
     for suffix, write in _writers(value):
         target = folder / _file_name(name, suffix)
@@ -117,6 +119,15 @@ def write_object(value: Any, folder: Path, name: str) -> Path:
                 "to_state and from_state to its class, or make it picklable."
             ) from error
     raise TrackingError(f"{name!r} cannot be stored: {last_error}")
+
+
+def _without_configs(value: Any) -> Any:
+    """Return a value with Hydra's configurations as dicts and lists."""
+    try:
+        return resolve_config(value)
+    except ValueError as error:  # an interpolation without a value
+        log.debug("a configuration is stored as a pickle: %s", error)
+        return value
 
 
 def _writers(value: Any) -> list[tuple[str, Callable[[Any, Path], None]]]:

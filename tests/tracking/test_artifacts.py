@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 from stored_things import Counter, Plan
 
 from qtorch.core.errors import LoadObjectError, TrackingError, TrustError
@@ -123,6 +124,17 @@ def test_plain_data_is_stored_as_json(value, tmp_path):
     assert type(result) is (StoredText if isinstance(value, str) else type(value))
     assert path.name == "task.object.json"
     json.loads(path.read_text())
+
+
+def test_configurations_of_hydra_are_stored_as_plain_data(tmp_path):
+    config = OmegaConf.create({"lr": 0.1, "same": "${lr}", "layers": [8, 4]})
+    for value in (config, {"all": [config]}):
+        result, path = round_trip(value, tmp_path, "config")
+        plain = {"lr": 0.1, "same": 0.1, "layers": [8, 4]}
+        assert result == (plain if value is config else {"all": [plain]})
+        assert path.name == "config.object.json"
+    unresolved = OmegaConf.create({"a": "${missing}"})
+    assert write_object(unresolved, tmp_path, "config").suffix == ".pickle"
 
 
 def test_arrays_and_tensors_are_stored_as_safetensors(tmp_path):
