@@ -69,7 +69,7 @@ def test_masked_batch_norm_has_the_gradient_of_its_formula() -> None:
     rows = x[mask]
     scale = (rows.var(0, correction=0) + norm.eps).rsqrt()
     expected = (x - rows.mean(0)) * scale * norm.weight + norm.bias
-    for counts in (mask, MaskCounts.of(mask, torch.float64)):
+    for counts in (mask, MaskCounts.from_mask(mask, torch.float64)):
         output = norm(x, counts)
         torch.testing.assert_close(output, expected)
         gradients, expected_gradients = (
