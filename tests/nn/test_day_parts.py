@@ -13,7 +13,12 @@ from qtorch.core.errors import ConfigError
 from qtorch.model.network_config import build_network, complete_network_config
 from qtorch.nn import ADD, IGMTF, MASTER
 from qtorch.nn.cross_section.add import reverse_gradient
-from qtorch.nn.cross_section.layers import MaskedBatchNorm, cosine_similarities
+from qtorch.nn.cross_section.layers import (
+    MaskCounts,
+    MaskedBatchNorm,
+    cosine_similarities,
+    own_similarities,
+)
 from qtorch.nn.cross_section.stockmixer import CausalLinear, InstrumentMixer, StockMixer
 
 
@@ -25,6 +30,14 @@ def test_cosine_similarities_equal_those_of_torch_and_have_their_gradient() -> N
     x, y = x.requires_grad_(), y.requires_grad_()
     assert torch.autograd.gradcheck(cosine_similarities, (x, y))
     assert torch.autograd.gradcheck(lambda v: cosine_similarities(v, v), (x,))
+
+
+def test_similarities_of_vectors_with_themselves_have_one_gradient() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 3)
+    outputs = own_similarities(x), cosine_similarities(x, x)
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*(torch.autograd.grad((weight * y).sum(), x)[0] for y in outputs))
 
 
 def test_a_zero_vector_has_cosine_zero_and_a_finite_gradient() -> None:
@@ -44,6 +57,26 @@ def test_masked_batch_norm_equals_batch_norm_of_the_unmasked_samples(training: b
         torch.testing.assert_close(masked(x, mask)[mask], plain(x[mask]))
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(masked.state_dict()[name], value)
+
+
+def test_masked_batch_norm_has_the_gradient_of_its_formula() -> None:
+    torch.manual_seed(0)
+    norm = MaskedBatchNorm(3).double()
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    x = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *norm.parameters()]
+    weight = torch.randn(2, 3, 3, dtype=torch.float64)
+    rows = x[mask]
+    scale = (rows.var(0, correction=0) + norm.eps).rsqrt()
+    expected = (x - rows.mean(0)) * scale * norm.weight + norm.bias
+    for counts in (mask, MaskCounts.from_mask(mask, torch.float64)):
+        output = norm(x, counts)
+        torch.testing.assert_close(output, expected)
+        gradients, expected_gradients = (
+            torch.autograd.grad((weight * y).sum(), leaves, retain_graph=True)
+            for y in (output, expected)
+        )
+        torch.testing.assert_close(gradients, expected_gradients)
 
 
 def test_masked_batch_norm_uses_running_statistics_for_a_single_sample() -> None:

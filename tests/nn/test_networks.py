@@ -238,6 +238,18 @@ def test_bf16_autocast_approximates_float32(cls: type[Network]) -> None:
 
 
 @parametrize_networks
+def test_bf16_autocast_has_finite_gradients_in_single_precision(cls: type[Network]) -> None:
+    network, inputs = build_network(cls).train(), build_inputs(cls)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        score = drop_padding(cls, network(**inputs), inputs)
+    score.float().square().sum().backward()
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None:
+            assert parameter.grad.dtype == torch.float32, name
+            assert torch.isfinite(parameter.grad).all(), name
+
+
+@parametrize_networks
 def test_config_and_pickle_restore_the_network(cls: type[Network]) -> None:
     network = build_network(cls, num_outputs=2)
     config = dict(network.config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from qtorch.nn.recurrent import GRULayers, LSTMLayers, run_steps, split_uses
@@ -55,13 +57,13 @@ def test_recurrence_of_sfm_has_the_gradient_of_its_steps() -> None:
     mask = torch.tensor([0.0, 1.0]).repeat(count, hidden // 2)
     tensors = inputs, waves, recur, torch.rand(2 * frequencies), bias, mask
     arguments = [t.double().requires_grad_(t is not waves and t is not mask) for t in tensors]
+    leaves = [a for a in arguments if a.requires_grad]
     for state_mask in (None, arguments[-1]):
-        *_, (expected, *_) = _iterate_steps(*arguments[:-1], state_mask)
-        torch.testing.assert_close(_Recurrence.apply(*arguments[:-1], state_mask)[0], expected)
-        leaves = [a for a in arguments if a.requires_grad]
-        gradients = torch.autograd.grad(expected.square().sum(), leaves)
-        state = _Recurrence.apply(*arguments[:-1], state_mask)[0]
-        for gradient, other in zip(
-            torch.autograd.grad(state.square().sum(), leaves), gradients, strict=True
-        ):
-            torch.testing.assert_close(gradient, other)
+        values: list[Any] = [*arguments[:-1], state_mask]
+        *_, (expected, *_) = _iterate_steps(*values)
+        state = _Recurrence.apply(*values)[0]
+        torch.testing.assert_close(state, expected)
+        gradients, expected_gradients = (
+            torch.autograd.grad(s.square().sum(), leaves) for s in (state, expected)
+        )
+        torch.testing.assert_close(gradients, expected_gradients)

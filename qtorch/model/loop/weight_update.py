@@ -57,7 +57,7 @@ class WeightUpdate:
         self.num_pending = 0
         self._closure_losses: list[Callable[[], Tensor]] = []  # of the pending batches
         self._loss_value = torch.zeros(())
-        self._one: Tensor | None = None
+        self._loss_gradient: Tensor | None = None
         self._has_warned = False
         # The scheduler's metric, until it has judged it.
         self.monitored_value: float | None = None
@@ -138,9 +138,9 @@ class WeightUpdate:
     def _backward(self, loss: Tensor) -> None:
         if self.bypass_hooks:
             # The gradient of the loss itself, which torch would fill with one again each time.
-            if self._one is None or self._one.dtype != loss.dtype:
-                self._one = torch.ones_like(loss)
-            backward = partial(loss.backward, self._one)
+            if self._loss_gradient is None or self._loss_gradient.dtype != loss.dtype:
+                self._loss_gradient = torch.ones_like(loss)
+            backward = partial(loss.backward, self._loss_gradient)
         else:
             backward = partial(self.module.manual_backward, loss)
         if not self.is_autocast:

@@ -121,7 +121,7 @@ class Disentangler(nn.Module):
         market: Tensor | LSTMState = self.enc_market(x.flatten(0, 1))[1]
         excess_state, market_state = concat_layers(excess, mask), concat_layers(market, mask)
         reconstruction = self.dec(_concat_states(excess, market), x.shape[2])
-        counts = MaskCounts.of(mask, torch.float32) if self.training else mask
+        counts = MaskCounts.from_mask(mask, torch.float32) if self.training else mask
         adv_excess = self.adv_excess(reverse_gradient(market_state, alpha), counts)
         return DisentanglerOutput(
             market=self.pred_market(market_state, counts),

@@ -103,9 +103,9 @@ def _hidden_concept_states(state: Tensor, mask: Tensor) -> Tensor:
     # diagonal is its maximum then.
     tiny = torch.finfo(similarity.dtype).tiny
     concept = similarity.detach().masked_fill(is_self, tiny).argmax(-1, keepdim=True)  # [G, N, 1]
-    is_outside = (concept != index).masked_fill(is_self, True)  # [G, N, N], concepts last
+    is_outside = (concept != index) | is_self  # [G, N, N], concepts last
     is_empty = is_outside.all(1, keepdim=True)  # [G, 1, N]
-    is_outside = torch.where(is_self, is_empty, is_outside)
+    is_outside = is_outside & (is_empty | ~is_self)  # ONNX has no `where` of bools
     member = similarity.masked_fill(is_outside, 0.0)
     return _attend_to_concepts(state, member.transpose(-1, -2) @ state, is_empty)
 

@@ -140,7 +140,7 @@ class MaskCounts(NamedTuple):
     correction: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor, dtype: torch.dtype) -> MaskCounts:
+    def from_mask(cls, mask: Tensor, dtype: torch.dtype) -> MaskCounts:
         """Count the samples for which `mask [G, N]` is True."""
         count = mask.sum(dtype=dtype)
         is_several = count > 1  # not `if`: no device synchronization, and compilable
@@ -169,7 +169,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
             return F.batch_norm(rows, mean, variance, self.weight, self.bias, eps=self.eps).view_as(
                 x
             )
-        counts = mask if isinstance(mask, MaskCounts) else MaskCounts.of(mask, x.dtype)
+        counts = mask if isinstance(mask, MaskCounts) else MaskCounts.from_mask(mask, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             output, batch_mean, batch_variance, *_ = _MaskedBatchNorm.apply(  # type: ignore[no-untyped-call]  # untyped in torch
                 rows, counts.share, counts.is_several, mean, variance,

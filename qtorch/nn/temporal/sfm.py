@@ -113,9 +113,9 @@ def _iterate_steps(
 ) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
     """Yield the state `[B, H]` after each step, then what its gradient needs.
 
-    That is the masked state before it, the sums of its gates `[B, 3H + K]`, the candidate, the
-    share of the memory that stays `[B, H, K]`, the memory `[B, H, 2, K]`, and the amplitude before
-    the output gate. Arguments as of `_Recurrence`.
+    That is the masked state before it, the sums of its gates `[B, 3H + K]`, the candidate, how much
+    of the memory stays `[B, H, K]`, the memory `[B, H, 2, K]`, and the amplitude before the output
+    gate. Arguments as of `_Recurrence`.
     """
     count, hidden, frequencies = inputs.shape[0], bias.shape[0], waves.shape[-1]
     state = inputs.new_zeros(count, hidden)
@@ -130,12 +130,14 @@ def _iterate_steps(
             F.hardsigmoid(sums), [hidden, hidden, hidden, frequencies], -1
         )
         candidate = torch.tanh(candidate)
-        stays = state_gate[:, :, None] * frequency_gate[:, None]
-        memory = torch.addcmul(stays[:, :, None] * memory, (i * candidate)[..., None, None], wave)
+        retention = state_gate[:, :, None] * frequency_gate[:, None]
+        memory = torch.addcmul(
+            retention[:, :, None] * memory, (i * candidate)[..., None, None], wave
+        )
         power = torch.addmv(row_bias, memory.square().view(-1, 2 * frequencies), amplitude)
         output = torch.tanh(power.view(count, hidden))
         state = o * output
-        yield state, before, sums, candidate, stays, memory, output
+        yield state, before, sums, candidate, retention, memory, output
 
 
 NUM_STEP_TENSORS = 6  # that the gradient of a step needs
@@ -169,7 +171,7 @@ class _Recurrence(torch.autograd.Function):
             return (None,) * 6
         waves, recur, amplitude, state_mask, *tensors = ctx.saved_tensors
         steps = [tensors[k::NUM_STEP_TENSORS] for k in range(NUM_STEP_TENSORS)]
-        before, sums, candidates, stays, memories, outputs = steps
+        before, sums, candidates, retentions, memories, outputs = steps
         hidden, frequencies = recur.shape[0], waves.shape[-1]
         # Slopes of all steps: of the power by the state, and of the parts by what they multiply.
         all_sums, candidate, output = (torch.stack(s) for s in (sums, candidates, outputs))
@@ -197,10 +199,10 @@ class _Recurrence(torch.autograd.Function):
             rows = memory_gradient.view(-1, 2 * frequencies)
             to_candidate = (rows @ waves[t].flatten()).view_as(gradient)
             if t:
-                to_stays = (memory_gradient * memories[t - 1]).sum(2)  # [B, H, K]
-                to_state_gate = (to_stays @ frequency_gates[t][..., None]).squeeze(-1)
-                to_frequency_gate = (state_gates[t][:, None] @ to_stays).squeeze(1)
-                memory_gradient = memory_gradient * stays[t][:, :, None]
+                to_retention = (memory_gradient * memories[t - 1]).sum(2)  # [B, H, K]
+                to_state_gate = (to_retention @ frequency_gates[t][..., None]).squeeze(-1)
+                to_frequency_gate = (state_gates[t][:, None] @ to_retention).squeeze(1)
+                memory_gradient = memory_gradient * retentions[t][:, :, None]
             else:  # the memory was empty
                 to_state_gate = torch.zeros_like(gradient)
                 to_frequency_gate = torch.zeros_like(frequency_gates[0])
