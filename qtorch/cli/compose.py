@@ -41,6 +41,7 @@ from qtorch.core.trust import as_stored_text, locate
 from qtorch.trainer.segments import Calendars, resolve_segments
 
 ROOT_CONFIG = "train"
+HYDRA_MODES = ("run", "multirun", "cfg", "info", "shell_completion")  # of which Hydra accepts one
 # The values of `runner`: this machine, the workers of a task pool, or a fleet on this machine.
 LOCAL, POOL, FLEET = "local", "rm", "fleet"
 QUOTES = (
@@ -170,24 +171,39 @@ def check_words(words: Sequence[str]) -> None:
 
     Hydra itself answers them with its grammar or with the usage of argparse.
     """
-    parser = get_args_parser()
-    num_values = {
-        name: 0 if action.nargs == 0 else 1
-        for action in parser._actions
-        for name in action.option_strings
-    }
+    actions = {name: a for a in get_args_parser()._actions for name in a.option_strings}
+    modes: dict[str, str] = {}  # the words that choose what Hydra does
     remaining_words = list(words)
     while remaining_words:
         word = remaining_words.pop(0)
         name, equals, _ = word.partition("=")
         if word.startswith("-") and word != "-":
-            if not any(option.startswith(name) for option in num_values):
+            # argparse accepts the beginning of an option, too.
+            action = actions.get(name) or next(
+                (a for option, a in actions.items() if option.startswith(name)), None
+            )
+            if action is None:
                 raise ArgumentError(_not_setting_text(word, remaining_words, "without dashes"))
-            if num_values.get(name) and not equals and remaining_words[:1]:
+            if action.dest in HYDRA_MODES:
+                modes.setdefault(action.dest, name)
+            if action.nargs != 0 and not equals and remaining_words[:1]:
                 remaining_words.pop(0)
         elif not equals and not word.startswith("~"):
             text = _not_setting_text(word, remaining_words, "without spaces around =")
             raise ArgumentError(text)
+    _check_modes(modes)
+
+
+def _check_modes(modes: Mapping[str, str]) -> None:
+    """Raise ArgumentError if several of Hydra's modes are chosen; `modes` has the word of each."""
+    if len(modes) < 2:
+        return
+    hint = "leave out one of them."
+    if "multirun" in modes and (modes.keys() & {"cfg", "info"}):
+        word = modes.get("cfg") or modes.get("info")
+        hint = f"{word} shows one job, so leave out {modes['multirun']}, and give each setting one "
+        hint += "value."
+    raise ArgumentError(f"{' and '.join(modes.values())} exclude each other: {hint}")
 
 
 def _not_setting_text(word: str, next_words: Sequence[str], condition: str) -> str:

@@ -118,7 +118,14 @@ def _list() -> int:
         terminal,
     )
     from qtorch.cli.tables.jobs import RUN_WIDTH, job_counts_text
-    from qtorch.study.sweep import COMMAND_TAG, SWEEP_TAG, get_job_count, list_sweeps, sweep_jobs
+    from qtorch.study.sweep import (
+        COMMAND_TAG,
+        SWEEP_TAG,
+        add_repeats,
+        get_job_count,
+        list_sweeps,
+        sweep_jobs,
+    )
     from qtorch.tracking.store_types import format_local_time
 
     sweeps = list_sweeps() if _has_store() else []
@@ -132,7 +139,7 @@ def _list() -> int:
     if is_narrow:
         table.columns[2].max_width = 12  # of the jobs, so that run IDs have room
     for row in sweeps:
-        jobs = sweep_jobs(row.id)
+        jobs = add_repeats(sweep_jobs(row.id))
         name, command = row.tags[SWEEP_TAG], OverridesCell(row.tags.get(COMMAND_TAG, ""))
         cells = (
             format_status(row.status),

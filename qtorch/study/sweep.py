@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from statistics import fmean, stdev
 from typing import Any
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 SWEEP_TAG = "qtorch.sweep"  # the sweep's name, on its own run
 COMMAND_TAG, COUNT_TAG = "qtorch.sweep.overrides", "qtorch.sweep.count"
 TASK_TAG, SETTING_TAG = "qtorch.task_id", "qtorch.setting"  # a setting is a task without its seed
-JOB_TAG = "qtorch.job."  # + the sweep's run ID: a job's number and overrides, as JSON
+JOB_TAG = "qtorch.job."  # + the sweep's run ID: a job's number, overrides, repeats, as JSON
 SECONDS_TAG = "qtorch.seconds"  # working time, summed over all attempts
 PLAN, PLAN_FORMAT = "sweep", 1
 REGISTRY_FOLDER = "sweeps"  # in the user's cache
@@ -44,7 +44,9 @@ class JobResult:
 
     `seconds` is working time. `setting` identifies the task without its seed. `note` says how the
     job got its run unless it was simply trained. `pool_task` is its task in a pool: id, pool, url,
-    wait. The field names are stored in job.json.
+    wait. `same_as`: the number of another job of the sweep that is the same task and has the run.
+    `repeats`: number and overrides of the jobs that are the same task as this one. The field names
+    are stored in job.json.
     """
 
     number: int
@@ -58,6 +60,8 @@ class JobResult:
     pool_task: dict[str, Any] | None = None
     note: str | None = None
     setting: str = ""
+    same_as: int | None = None
+    repeats: list[dict[str, Any]] = field(default_factory=list)
 
 
 def start_sweep(
@@ -148,7 +152,7 @@ def end_sweep(recorder: Recorder, *, is_interrupted: bool = False, is_queued: bo
         final = Recorder.STATUS_FA
     elif is_queued:
         final = Recorder.STATUS_S
-    elif len(jobs) < int(recorder.list_tags().get(COUNT_TAG, 0)):
+    elif len(add_repeats(jobs)) < int(recorder.list_tags().get(COUNT_TAG, 0)):
         final = Recorder.STATUS_FA  # some jobs failed before their run was created
     else:
         final = Recorder.STATUS_FI
@@ -170,6 +174,16 @@ def sweep_jobs(sweep_id: str) -> list[JobResult]:
         details = json.loads(row.tags[key])
         jobs[row.tags.get(TASK_TAG, row.id)] = _parse_job(row, details)
     return sorted(jobs.values(), key=lambda j: (j.number, j.run_id))
+
+
+def add_repeats(jobs: Sequence[JobResult]) -> list[JobResult]:
+    """Add the jobs that are the same task as one of `jobs`, with its result; by number."""
+    repeats = [
+        replace(job, **repeat, same_as=job.number, repeats=[])
+        for job in jobs
+        for repeat in job.repeats
+    ]
+    return sorted([*jobs, *repeats], key=lambda j: j.number)
 
 
 def list_finished_runs(jobs: Sequence[JobResult]) -> list[Recorder]:
@@ -212,6 +226,7 @@ def _parse_job(row: RunRow, details: Mapping[str, Any]) -> JobResult:
         setting=row.tags.get(SETTING_TAG, row.id),
         error=row.tags.get(ERROR_TAG) if status == Recorder.STATUS_FA else None,
         note=note,
+        repeats=details.get("repeats", []),
     )
 
 

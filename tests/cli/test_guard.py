@@ -127,6 +127,18 @@ def test_interruption_has_its_own_exit_code(capsys):
         (["predict", "nonsense"], 1, "invalid override"),
         (["train", "--model", "gru"], 1, "KEY=VALUE without dashes, such as model=gru"),
         (["train", "--lr=3"], 1, "KEY=VALUE without dashes, such as lr=3"),
+        (
+            ["train", "--multirun", "--cfg", "job"],
+            1,
+            "--cfg shows one job, so leave out --multirun",
+        ),
+        (["train", "-m", "-c", "job", "seed=0,1"], 1, "-m and -c exclude each other"),
+        (
+            ["train", "seed=0,1", "--multi", "--info"],
+            1,
+            "--info shows one job, so leave out --multi",
+        ),
+        (["train", "--run", "--cfg=job"], 1, "--run and --cfg exclude each other"),
         (["train", "model", "gru"], 1, "KEY=VALUE without spaces around =, such as model=gru"),
         (["train", "seed", "=", "1"], 1, "such as seed=1"),
         (["train", "-cd", "conf", "seed"], 1, "invalid override 'seed'"),

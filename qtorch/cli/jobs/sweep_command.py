@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qtorch.cli.compose import LOCAL
 from qtorch.cli.guard import INTERRUPTED, configure_process, error_line
+from qtorch.cli.jobs.repeats import connect_repeats, store_repeats
 from qtorch.cli.jobs.results import FAILED, KILLED, RUNNING, SENT, command_results
 from qtorch.cli.jobs.stored_command import RESUME_WORDS
 from qtorch.cli.jobs.work import LOCK_VARIABLE, is_isolated, job_fork_server
@@ -160,6 +161,7 @@ class SweepCommand:
         The code is 0 if all jobs finished, 1 if some failed, 130 if interrupted. `interruption` may
         also be an error of the launcher, which is raised again after the table.
         """
+        connect_repeats(results)
         error = interruption if isinstance(interruption, Exception) else None
         is_interrupted = (
             (interruption is not None and error is None)
@@ -191,6 +193,7 @@ class SweepCommand:
         id = str(self.recorder.id)
         for result in (r for r in results if r.pool_task and r.run_id):
             adopt_run(str(result.run_id), id, result.number, result.overrides)
+        store_repeats(id, results)
         rows = _merge_results(results, sweep_jobs(id))
         tags = self.recorder.list_tags()
         num_expected = int(tags[COUNT_TAG]) if COUNT_TAG in tags else None
@@ -234,7 +237,9 @@ def close_sweep() -> None:
 
 def _merge_results(results: Sequence[JobResult], jobs: Sequence[JobResult]) -> list[JobResult]:
     """Merge the jobs in the tracking store with what only this process knows."""
-    notes: dict[str | None, str | None] = {r.run_id: r.note for r in results if r.run_id}
+    notes: dict[str | None, str | None] = {
+        r.run_id: r.note for r in results if r.run_id and r.same_as is None
+    }
     rows = [replace(j, note=notes.get(j.run_id, j.note)) for j in jobs]
     run_ids = {j.run_id for j in rows}
     rows += [

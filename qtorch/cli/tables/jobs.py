@@ -27,6 +27,7 @@ from qtorch.core.secrets import redact_urls
 from qtorch.study.sweep import (
     JobResult,
     SeedGroup,
+    add_repeats,
     best_group,
     best_job,
     choose_metric,
@@ -175,10 +176,11 @@ def print_sweep(
     if not jobs:
         console.print(f"sweep {name}: no job has a run yet.")
         return
-    common = common_overrides(jobs, command)
-    print_table(jobs_table(f"sweep {name}: {job_counts_text(jobs, num_expected)}", jobs, common))
+    rows = add_repeats(jobs)
+    common = common_overrides(rows, command)
+    print_table(jobs_table(f"sweep {name}: {job_counts_text(rows, num_expected)}", rows, common))
     if common:
-        override_text = " ".join(o for o in jobs[0].overrides if o in common)
+        override_text = " ".join(o for o in rows[0].overrides if o in common)
         console.print(with_label("common overrides:", override_text), soft_wrap=True)
     groups = seed_groups(jobs)
     if any(len(g.jobs) > 1 for g in groups):
@@ -272,7 +274,7 @@ def jobs_table(title: str, jobs: Sequence[JobResult], common: Collection[str] = 
         no_wrap=("status", "run"),
     )
     for job in jobs:
-        note = job.note
+        note = job.note if job.same_as is None else f"same as job {job.same_as}"
         run = job.run_id or (f"task {job.pool_task['id']}" if job.pool_task else "-")
         overrides = OverridesCell(_override_text(job, common))
         values = [job.metrics.get(f"test.{f}", job.metrics.get(f)) for f in figures]
