@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qtorch.core.qlib.notes import Notes
 from qtorch.core.qlib.translation import translate_task
 from qtorch.core.trust import NAME_KEYS, check_config_trust
 from qtorch.data.processor.base import Processor
+from qtorch.model.fleet.fleet import current_fleet
 from qtorch.trainer.segments import check_fractions, has_fractions
 
 RECORD_MODULE = "qtorch.record"
@@ -46,7 +48,7 @@ def check_task(task: Any, *, check_device: bool = True) -> None:
         _check_settings(build_object(task["model"]), check_device=check_device)
         _check_records(task.get("record"))
         try:
-            _check_dataset(task["dataset"])
+            _check_dataset_once(task["dataset"])
         except DataError as error:
             if check_device or isinstance(error, ExpressionError):
                 raise
@@ -143,6 +145,15 @@ def _check_reweighter(config: Any) -> None:
     _check_names(config)
     if isinstance(config, Mapping | str) and not _may_read_data(config):
         build_object(config)
+
+
+def _check_dataset_once(config: Any) -> None:
+    """Check a dataset's configuration; the jobs of a fleet share the check of an equal one."""
+    fleet, check = current_fleet(), partial(_check_dataset, config)
+    if fleet is None:
+        check()
+    else:
+        fleet.check_once(config, check)
 
 
 def _check_dataset(config: Any) -> None:
