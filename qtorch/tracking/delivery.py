@@ -48,7 +48,10 @@ FORMAT = 1
 # Number of times the run was started; a status belongs to one attempt.
 ATTEMPT_TAG = "qtorch.attempt"
 MAX_METRICS, MAX_PARAMS_AND_TAGS = 1000, 100  # in one request
-INTERVAL = 1.0  # seconds to collect entries before they are sent as one request
+# Seconds to collect entries before they are sent as one request: for a single run, and at most. A
+# process that has several runs at once (a fleet) collects longer, so that the store has no more
+# requests to answer than from a process with one run.
+INTERVAL, MAX_INTERVAL = 1.0, 10.0
 MAX_PAUSE = 30.0  # seconds between attempts to reach a failing store
 BUSY_SECONDS = 120.0  # how long the end of a run waits for a slow store that has not failed
 PATIENCE_VARIABLE = "QTORCH_TRACKING_PATIENCE"
@@ -185,7 +188,7 @@ class Sender:
     def _start_thread(self) -> None:
         if self._thread is not None:
             return
-        thread = threading.Thread(target=self._run, name=f"qtorch-{self._run_id}", daemon=True)
+        thread = SenderThread(target=self._run, name=f"qtorch-{self._run_id}", daemon=True)
         try:
             thread.start()
         except RuntimeError:  # the interpreter is shutting down: `flush` and `close` send
@@ -250,7 +253,7 @@ class Sender:
                 if self._closing:
                     return
                 if self._flushes_requested == self._flushes_attempted:
-                    self._condition.wait_for(self._must_send_now, INTERVAL)
+                    self._condition.wait_for(self._must_send_now, _collecting_seconds())
                 num_flushes = self._flushes_requested
             is_sent = self._send_all()
             with self._condition:
@@ -305,6 +308,16 @@ class Sender:
         for delivery in _send_files(paths, self._store.uri):
             if delivery.error is not None:
                 raise TrackingError(f"could not send {delivery.path}: {delivery.error}")
+
+
+class SenderThread(threading.Thread):
+    """The thread of a sender."""
+
+
+def _collecting_seconds() -> float:
+    """Return how long a run's entries are collected, by the number of runs that send."""
+    num_runs = sum(isinstance(thread, SenderThread) for thread in threading.enumerate())
+    return min(INTERVAL * max(1, num_runs), MAX_INTERVAL)
 
 
 def _patience_seconds() -> float:

@@ -19,6 +19,7 @@ from qtorch.core.qlib.notes import Notes
 from qtorch.core.qlib.translation import translate_task
 from qtorch.core.trust import NAME_KEYS, check_config_trust
 from qtorch.data.processor.base import Processor
+from qtorch.model.fleet.current import current_fleet
 from qtorch.trainer.segments import check_fractions, has_fractions, segment_dates
 
 RECORD_MODULE = "qtorch.record"
@@ -53,9 +54,7 @@ def check_task(task: Any, *, check_device: bool = True) -> None:
         records = _check_records(task.get("record"))
         _check_segment_names(task["dataset"], [model, *records])
         try:
-            dataset = _check_dataset(task["dataset"])
-            if dataset is not None:
-                _check_record_names(records, dataset)
+            _check_data(task["dataset"], task.get("record"), records)
         except DataError as error:
             if check_device or isinstance(error, ExpressionError):
                 raise
@@ -178,6 +177,24 @@ def _check_segment_names(dataset: Any, parts: Sequence[Any]) -> None:
         check_segment_names = getattr(part, "check_segment_names", None)
         if callable(check_segment_names):
             check_segment_names(names)
+
+
+def _check_data(config: Any, record_config: Any, records: Sequence[Any]) -> None:
+    """Check a dataset's configuration and the names that records take of its data.
+
+    The jobs of a fleet share the check of equal configurations.
+    """
+
+    def check() -> None:
+        dataset = _check_dataset(config)
+        if dataset is not None:
+            _check_record_names(records, dataset)
+
+    fleet = current_fleet()
+    if fleet is None:
+        check()
+    else:
+        fleet.check_once([config, record_config], check)
 
 
 def _check_record_names(records: Sequence[Any], dataset: Any, **options: Any) -> None:

@@ -20,6 +20,7 @@ from user_networks import UserModule
 from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.batches import BatchLoader, ShardedLoader
+from qtorch.model.loop import options
 from qtorch.model.loop.checkpoint import CALLBACK_STATE_KEY, LAST, read_checkpoint
 from qtorch.model.loop.factories import component_list, optimizer_factory
 from qtorch.model.loop.schedules import TrainingLength, WarmupCosine, complete_plan, scheduler_plan
@@ -590,3 +591,17 @@ def test_small_tail_shares_the_samples_of_two_batches(dataset: ToyDataset, size:
     for step, batches in enumerate(zip(*(s.batches(2) for s in shares), strict=True)):
         rows = torch.cat([b.date * 1000 + b.instrument for b in batches])
         assert torch.equal(rows, parts[step])
+
+
+def test_lightning_judges_equal_trainer_arguments_once(monkeypatch) -> None:
+    trainers: list[Any] = []
+    original_plugins = options._plugins
+
+    def count_trainer(*arguments: Any) -> list[Any]:
+        trainers.append(arguments)
+        return original_plugins(*arguments)
+
+    monkeypatch.setattr(options, "_plugins", count_trainer)
+    for log_every_n_steps in (937, 937, 938):
+        make_model(trainer={"log_every_n_steps": log_every_n_steps}).check_settings()
+    assert len(trainers) == 2

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -393,3 +394,17 @@ def test_artifact_is_saved_and_sent_after_an_outage(
     assert loaded_run is not recorder
     assert loaded_run.load_object("params.pkl") == {"w": 1}
     assert list(outbox_folder.glob("*")) == []
+
+
+def test_a_process_with_several_runs_collects_their_entries_longer(monkeypatch):
+    monkeypatch.setattr(outbox, "INTERVAL", 1.0)
+    stop = threading.Event()
+    threads = [outbox.SenderThread(target=stop.wait, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    seconds = outbox._collecting_seconds()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert 3.0 <= seconds <= outbox.MAX_INTERVAL
+    assert outbox._collecting_seconds() < seconds

@@ -84,6 +84,17 @@ def test_a_failing_task_does_not_stop_the_others(store: str) -> None:
     assert "training loss of epoch 0" in bad.list_tags()["error"]
 
 
+def test_a_dataset_of_several_tasks_is_checked_once(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[Any] = []
+    monkeypatch.setattr("qtorch.trainer.checks._check_dataset", configs.append)
+    tasks = [make_task(1), make_task(2), make_task(3)]
+    tasks[2]["dataset"]["step_len"] = 3
+    FleetTrainer("fleet")(tasks)
+    assert len(configs) == 2
+
+
 def test_log_of_a_run_is_its_own(store: str) -> None:
     first, second = FleetTrainer("fleet")([make_task(1), make_task(2)])
     log = Path(first.download_artifact("run.log")).read_text()

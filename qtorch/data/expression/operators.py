@@ -193,6 +193,11 @@ def get_operators() -> dict[str, Operator]:
     return {**BUILT_IN, **_user_operators}
 
 
+def get_user_operators() -> tuple[Operator, ...]:
+    """Return the registered operators."""
+    return tuple(_user_operators.values())
+
+
 def register_operator(
     name: str,
     function: Function | None = None,

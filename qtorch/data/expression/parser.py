@@ -21,6 +21,7 @@ from qtorch.data.expression.operators import (
     Kind,
     Operator,
     get_operators,
+    get_user_operators,
 )
 
 SYMBOLS = {
@@ -260,12 +261,13 @@ def parse(text: str) -> Node:
     """
     if not isinstance(text, str):
         raise ExpressionError(f"an expression is a string, got {type(text).__name__}: {text!r}.")
-    # Registered operators change the meaning of a text, so they are part of the cache key.
-    return _parse(text, tuple(get_operators().values()))
+    # Registered operators change the meaning of a text, so they are part of the cache key. The
+    # built-in ones do not change, and a hash of all of them takes longer than a short parse.
+    return _parse(text, get_user_operators())
 
 
 @lru_cache(maxsize=4096)
-def _parse(text: str, _operators: tuple[Operator, ...]) -> Node:
+def _parse(text: str, _user_operators: tuple[Operator, ...]) -> Node:
     if not text.strip():
         raise ExpressionError("the expression is empty; expected something like $close.")
     node = _Parser(text).parse_all()

@@ -59,6 +59,7 @@ class FleetLoader:
         self.loaders, self.num_batches = list(loaders), list(num_batches)
         self.is_shared = is_shared and len({id(loader.samples) for loader in loaders}) == 1
         self.device = loaders[0].samples.device if loaders else torch.device("cpu")
+        self._groups = [self._group_by_size(step) for step in range(len(self))]
 
     def __len__(self) -> int:
         """The number of steps of the longest epoch."""
@@ -68,7 +69,7 @@ class FleetLoader:
         """Yield the batches of one epoch of each member; `epochs` are their numbers."""
         orders = self._orders(epochs)
         for step in range(len(self)):
-            for size, members in self._group_by_size(step).items():
+            for size, members in self._groups[step].items():
                 yield self._gather(members, step, size, orders)
 
     def _group_by_size(self, step: int) -> dict[tuple[int, int], list[int]]:

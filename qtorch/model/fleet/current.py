@@ -24,6 +24,9 @@ class CurrentFleet(Protocol):
     ) -> tuple[Samples, Samples | None]:
         """Return the samples of a dataset, the same for equal reweighters."""
 
+    def check_once(self, config: Any, check: Callable[[], None]) -> None:
+        """Check a configuration unless an equal one has passed the check in this fleet."""
+
     def fit(self, inputs: FitInputs, recorder: TrainingRecorder | None) -> FitResult | None:
         """Fit as a member of the fleet; None if the caller has to fit by itself."""
 

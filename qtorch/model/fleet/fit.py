@@ -35,11 +35,11 @@ def fit_fleet(
     """Fit every model as `model.fit(dataset)` would, those of one architecture at once.
 
     Each member has its own initial weights, sample order, learning rate and schedule, weight decay,
-    betas, clipping by its own norm, day labels, samples, early stop and best weights, and ends with
-    the weights of its fit by itself up to rounding. (Dropout masks are a function of the member's
-    seed and step; they do not depend on the other members, but are not those of a fit by itself.)
-    Members must have network, batch size, loss, precision and device in common. Other models are
-    fitted one after another, and a log line says why.
+    betas, numbers of its loss, clipping, day labels, samples, early stop and best weights, and ends
+    with the weights of its fit by itself up to rounding. (Dropout masks are a function of the
+    member's seed and step; they do not depend on the other members, but are not those of a fit by
+    itself.) Members must have network, batch size, kind of loss, precision and device in common.
+    Other models are fitted one after another, and a log line says why.
 
     `datasets`, `reweighters`: one for all models, or one for each in a list. A dataset that several
     models share is loaded once and lies on the device once. `recorders`: the run of each model; its

@@ -83,6 +83,7 @@ class Fleet:
         self._samples = WeakKeyDictionary()
         self._device_samples: WeakKeyDictionary[Samples, dict[torch.device, Samples]]
         self._device_samples = WeakKeyDictionary()
+        self._accepted_configs: set[str] = set()
         self._running: Job[Any] | None = None
         self.display = FleetDisplay(0)
 
@@ -120,6 +121,17 @@ class Fleet:
         if dataset is None:
             self._datasets[key] = dataset = build()
         return dataset
+
+    def check_once(self, config: Any, check: Callable[[], None]) -> None:
+        """Check a configuration unless an equal one has passed the check in this fleet."""
+        try:
+            key = digest(config)
+        except (ConfigError, TypeError):  # a live object
+            check()
+            return
+        if key not in self._accepted_configs:
+            check()
+            self._accepted_configs.add(key)
 
     def share_samples(
         self, dataset: Any, reweighter: Any, load: Callable[[], tuple[Samples, Samples | None]]

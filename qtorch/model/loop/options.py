@@ -31,6 +31,7 @@ from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, Pa
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from qtorch.core.errors import ArgumentError, ConfigError, check_name, unknown_name_message
+from qtorch.core.identity import digest
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.runtime import is_notebook, resolve_device
 from qtorch.core.trust import StoredText
@@ -541,11 +542,24 @@ def check_arguments(options: TrainerOptions, *, check_device: bool) -> None:
     arguments |= {"accelerator": "cpu" if is_cpu else arguments.get("accelerator", "auto")}
     arguments |= {"devices": 1, "max_epochs": options.max_epochs, "logger": False}
     arguments |= {"enable_checkpointing": False, "enable_progress_bar": False}
-    arguments |= {"enable_model_summary": False, "plugins": _plugins(None, None)}
+    arguments |= {"enable_model_summary": False}
     try:
-        pl.Trainer(**arguments)
+        key = digest(arguments)
+    except (ConfigError, TypeError):  # a live object
+        key = None
+    if key in _accepted_arguments:
+        return
+    try:
+        pl.Trainer(**arguments, plugins=_plugins(None, None))
     except LIGHTNING_ERRORS as error:
         raise _rejection(error) from error
+    if key is not None:
+        _accepted_arguments.add(key)
+
+
+# Digests of arguments that Lightning has accepted in this process: building a Trainer takes a
+# tenth of a second, and the jobs of a sweep differ in other settings.
+_accepted_arguments: set[str] = set()
 
 
 def _rejection(error: Exception) -> ConfigError:

@@ -534,7 +534,7 @@ def quiet_lightning() -> Iterator[None]:
     loggers = [logging.getLogger(n) for n in LIGHTNING_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(max(logging.WARNING, logger.level))
+        _set_level(logger, max(logging.WARNING, logger.level))
     # What the user has asked for: model summaries, verbose callbacks, reports of profilers.
     shown_loggers = [logging.getLogger(n) for n in SHOWN_LOGGERS]
     for logger in shown_loggers:
@@ -546,9 +546,14 @@ def quiet_lightning() -> Iterator[None]:
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+            _set_level(logger, level)
         for logger in shown_loggers:
             logger.setLevel(logging.NOTSET)
+
+
+def _set_level(logger: logging.Logger, level: int) -> None:
+    if logger.level != level:  # a change clears the caches of all loggers
+        logger.setLevel(level)
 
 
 def training_identity(
