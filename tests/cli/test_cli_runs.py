@@ -57,8 +57,11 @@ def test_runs_are_filtered_and_columns_chosen(ids, capsys):
 def orphan_run(ids) -> str:
     """The ID of a run that is RUNNING in the store, whose process was killed."""
     R.start_exp(experiment_name="mine", recorder_name="lost")
-    run_id = str(R.get_recorder().id)
-    remove_running(R.get_recorder())
+    recorder = R.get_recorder()
+    run_id = str(recorder.id)
+    remove_running(recorder)
+    assert recorder._deactivate is not None
+    recorder._deactivate()  # it is not MLflow's active run either
     with hold_run(run_id, R.get_uri()):
         (path,) = claims_folder(R.get_uri()).glob(f"run-{run_id}.json")
         claim = json.loads(path.read_text())

@@ -106,6 +106,7 @@ def test_models_of_trees_keep_their_arguments_but_one():
 
 def test_a_file_of_weights_is_where_the_network_starts(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
+    caplog.set_level("WARNING")
     (tmp_path / "lstm.pkl").write_bytes(b"weights")
 
     def translate(title: str, **kwargs: Any) -> dict[str, Any]:

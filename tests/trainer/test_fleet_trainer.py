@@ -13,7 +13,7 @@ from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder, current_recorder
 from qtorch.trainer import FleetTrainer, TrainerR
 
-pytestmark = pytest.mark.usefixtures("single_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_thread")]
 
 
 def make_task(seed: int, lr: float = 0.01, **model: Any) -> dict[str, Any]:

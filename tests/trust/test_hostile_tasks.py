@@ -190,6 +190,7 @@ def test_pool_task_runs_nothing(watch, tmp_path):
     assert manager.task_stat().get("waiting", 0) == 0
 
 
+@pytest.mark.slow
 def test_result_in_a_pool_runs_nothing(watch, tmp_path):
     """The second phase of a task gets the result of the first one, which may be a stranger's."""
     result = {"_target_": "os.system", "_args_": [COMMAND]}
@@ -228,6 +229,7 @@ def hostile_documents(folder: Path) -> list[tuple[str, str]]:
     return documents
 
 
+@pytest.mark.slow
 def test_stored_objects_run_nothing(watch, tmp_path):
     documents = hostile_documents(tmp_path)
     assert len(documents) > 1000

@@ -78,7 +78,13 @@ def assert_equal_fits(fleet: list[LightningModel], single: list[LightningModel])
                 assert member.evals_result_[segment][key] == pytest.approx(values, abs=1e-4), key
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+QUICK_NETWORKS = ("GRU", "MLP")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK_NETWORKS else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS],
+)
 def test_members_equal_their_fits_alone(name: str) -> None:
     dataset = ToyDataset()
     fleet, single = (members(name, epochs=13)[1:3] for _ in range(2))

@@ -20,6 +20,8 @@ from qtorch.model.fleet.training import FleetTraining
 from qtorch.model.lightning_model import LightningModel
 from qtorch.model.loop.checkpoint import LAST, PREVIOUS
 
+pytestmark = pytest.mark.slow
+
 NUM_MEMBERS = 8
 NETWORK = {"_target_": "qtorch.nn.LSTM", "hidden_size": 8, "dropout": 0.3}
 
@@ -100,7 +102,6 @@ def assert_equal_results(folder: Path, whole_fleet: Path) -> None:
         assert history == ToyRecorder(whole_fleet / str(k)).history()
 
 
-@pytest.mark.slow
 def test_killed_fleets_end_as_whole_fleets(tmp_path: Path, whole_fleet: Path) -> None:
     """QTORCH_FLEET_KILLS: how many fleets are killed, each at a random step."""
     draws = random.Random(1)
