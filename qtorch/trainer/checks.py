@@ -11,6 +11,7 @@ from typing import Any
 from qtorch.core.errors import ConfigError, DataError, ExpressionError
 from qtorch.core.instantiate import (
     check_config,
+    fill_placeholder,
     get_callable_kwargs,
     init_instance_by_config,
     resolve_config,
@@ -24,6 +25,7 @@ from qtorch.trainer.segments import check_fractions, has_fractions, segment_date
 
 RECORD_MODULE = "qtorch.record"
 OWN_PACKAGE = "qtorch."
+PLACEHOLDERS = ("<MODEL>", "<DATASET>", "<PRED>")  # of records, filled in when they run
 TRAIN, TEST = "train", "test"
 
 
@@ -41,9 +43,9 @@ def check_task(task: Any, *, check_device: bool = True) -> None:
     task = resolve_config(task)
     if not isinstance(task, Mapping) or any(task.get(k) is None for k in ("model", "dataset")):
         return  # `complete_task` says what is missing
-    task = translate_task(task, Notes())  # names of Qlib's are judged by what they are here
-    check_config_trust(task)
     with _without_warnings():  # they are repeated when the task is carried out
+        task = translate_task(fill_paths(task), Notes())  # Qlib's names, by what they are here
+        check_config_trust(task)
         _check_reweighter(task.get("reweighter"))
         _check_seed(task.get("seed"))
         _check_names(task["model"])
@@ -58,6 +60,11 @@ def check_task(task: Any, *, check_device: bool = True) -> None:
         except DataError as error:
             if check_device or isinstance(error, ExpressionError):
                 raise
+
+
+def fill_paths(task: Any) -> Any:
+    """Replace placeholders that are places of the task, `<dataset.kwargs.segments.train.0>`."""
+    return fill_placeholder(task, {name: name for name in PLACEHOLDERS})
 
 
 @contextmanager

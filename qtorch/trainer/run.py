@@ -38,6 +38,7 @@ from qtorch.trainer.checks import (
     build_object,
     check_segments,
     check_task,
+    fill_paths,
     record_list,
 )
 from qtorch.trainer.failure import ERROR_TAG, announce_run, record_failure
@@ -52,7 +53,6 @@ from qtorch.trainer.segments import resolve_segments
 
 log = logging.getLogger(__name__)
 
-PLACEHOLDERS = ("<MODEL>", "<DATASET>", "<PRED>")  # of records, filled in when they run
 REQUIRED_KEYS = ("model", "dataset")
 TRACKING_KEY = "tracking"
 INPUTS_FIELD = "inputs"
@@ -421,7 +421,7 @@ def complete_task(task: Mapping[str, Any]) -> dict[str, Any]:
                     message += f" {unknown_name_message('task key', other, REQUIRED_KEYS)}"
                     break
             raise ConfigError(message)
-    task = fill_placeholder(task, {name: name for name in PLACEHOLDERS})
+    task = fill_paths(task)
     complete = translate_task(task)
     for key in REQUIRED_KEYS:
         complete[key] = keep_class_form(task[key], complete[key])
