@@ -72,7 +72,7 @@ class Loss(BaseLoss):
 
     Subclasses implement `elementwise`. One that sets `is_zero_without_error` promises that the loss
     of an element whose score equals its target is zero: then elements without a label need no
-    weight of zero.
+    weight of zero. Classes derived from it must promise it themselves.
     """
 
     is_zero_without_error: ClassVar[bool] = False
@@ -101,7 +101,7 @@ class Loss(BaseLoss):
         # Replace NaN before the loss is computed: a NaN times zero still has a NaN gradient.
         is_missing = ~valid
         score, target = (values.masked_fill(is_missing, 0.0) for values in (score, target))
-        if weight is None and self.is_zero_without_error:
+        if weight is None and vars(type(self)).get("is_zero_without_error", False):
             return self.total(score, target.to(score.dtype)), valid.sum(dtype=weight_dtype)
         weights = _weights(valid, weight, weight_dtype)
         return (self.elementwise(score, target.to(score.dtype)) * weights).sum(), weights.sum()

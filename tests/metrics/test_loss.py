@@ -48,6 +48,15 @@ def test_custom_loss_only_needs_elementwise() -> None:
     assert (total.item(), count) == (28.0, 2)
 
 
+def test_missing_labels_count_nothing_in_a_loss_derived_from_another() -> None:
+    class Shifted(MSE):
+        def compute(self, score: torch.Tensor, target: torch.Tensor, reduction: str):
+            return super().compute(score + 1, target, reduction)
+
+    score, target = torch.zeros(3), torch.tensor([0.0, NAN, NAN])
+    assert Shifted()(score, target) == 1.0
+
+
 def test_masked_nan_score_keeps_the_gradient_finite() -> None:
     score = torch.tensor([1.0, NAN], requires_grad=True)
     MAE()(score, torch.zeros(2), mask=torch.tensor([True, False])).backward()
