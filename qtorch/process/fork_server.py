@@ -149,12 +149,14 @@ class ForkServer(forkserver.ForkServer):
             except ConnectionRefusedError:  # the server has just been killed
                 status_pipe, data = self._connect(descriptors)
             server_pid: int = self._forkserver_pid  # type: ignore[attr-defined]  # not in the stubs
-        with open(data, "wb") as pipe:
-            try:
-                pipe.write(pickle.dumps(preparation) + pickle.dumps(_ChildMain()))
-            except BaseException:
-                os.close(status_pipe)
-                raise
+            # Also in the lock: a thread that closes the server before it has forked would close
+            # the other end of the pipe.
+            with open(data, "wb") as pipe:
+                try:
+                    pipe.write(pickle.dumps(preparation) + pickle.dumps(_ChildMain()))
+                except BaseException:
+                    os.close(status_pipe)
+                    raise
         return Child(own_end, status_pipe, server_pid)
 
     def _connect(self, descriptors: list[int]) -> tuple[int, int]:
