@@ -34,6 +34,8 @@ from qtorch.trainer.pooled import TrainerRM
 from qtorch.trainer.provenance import DATA_TAG, SOURCES_TAG, RunInputs, collect_inputs
 from qtorch.trainer.run import begin_task_train, end_task_train, task_train
 
+pytestmark = pytest.mark.slow
+
 MEMBER = SweepMember("the-sweep", 0, ("seed=1",))
 MODEL_SOURCE = """
 import os

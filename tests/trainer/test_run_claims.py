@@ -24,6 +24,8 @@ from qtorch.trainer.pooled import DelayTrainerRM
 from qtorch.trainer.subprocess_tasks import fail_run
 from qtorch.trainer.trainers import DelayTrainerR
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def waiting_task(make_task, tmp_path):

@@ -24,6 +24,8 @@ from qtorch.task.worker_process import serve_request
 from qtorch.tracking.artifacts import read_object, write_object
 from qtorch.trainer.run import task_train
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = list(hostile_configs())
 # Arguments of a task that are resolved at different times: at the first batch, at the end, ...
 LATE_ARGUMENTS = (
@@ -159,7 +161,6 @@ def test_stored_configuration_runs_nothing(watch, tmp_path, title, config):
         init_instance_by_config(stored, default_module="qtorch.data.processor")
 
 
-@pytest.mark.slow
 def test_stored_task_runs_nothing(watch, tmp_path):
     tasks = [*hostile_tasks(), *((place, task_with_a_command(place)) for place in PLACES_OF_CALLS)]
     assert len(tasks) > 250
@@ -168,7 +169,6 @@ def test_stored_task_runs_nothing(watch, tmp_path):
             task_train(store_and_load(task, tmp_path), "own")
 
 
-@pytest.mark.slow
 def test_pool_task_runs_nothing(watch, tmp_path):
     url = f"sqlite:///{tmp_path}/tasks.db"
     manager = TaskManager("theirs", url)
@@ -190,7 +190,6 @@ def test_pool_task_runs_nothing(watch, tmp_path):
     assert manager.task_stat().get("waiting", 0) == 0
 
 
-@pytest.mark.slow
 def test_result_in_a_pool_runs_nothing(watch, tmp_path):
     """The second phase of a task gets the result of the first one, which may be a stranger's."""
     result = {"_target_": "os.system", "_args_": [COMMAND]}
@@ -229,7 +228,6 @@ def hostile_documents(folder: Path) -> list[tuple[str, str]]:
     return documents
 
 
-@pytest.mark.slow
 def test_stored_objects_run_nothing(watch, tmp_path):
     documents = hostile_documents(tmp_path)
     assert len(documents) > 1000

@@ -93,6 +93,7 @@ def test_members_equal_their_fits_alone(name: str) -> None:
     assert all(m.fit_report_["fleet_members"] == 2 for m in fleet)
 
 
+@pytest.mark.slow
 def test_members_stop_early_each_at_its_own_epoch() -> None:
     dataset = ToyDataset()
     changes = {"epochs": 30, "early_stop": 2, "monitor": "ic"}
@@ -154,6 +155,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_every_member_may_have_its_own_settings() -> None:
     dataset = ToyDataset()
 
@@ -269,6 +271,7 @@ def test_members_may_have_their_own_day_labels() -> None:
     assert_equal_fits(fleet, fit_each(single, dataset))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["GRU", "MLP", "GATs"])
 def test_windows_have_their_own_samples(name: str) -> None:
     """Panels of different lengths: epochs of different length, with last batches of any size."""
@@ -280,6 +283,7 @@ def test_windows_have_their_own_samples(name: str) -> None:
     assert_equal_fits(fleet, single)
 
 
+@pytest.mark.slow
 def test_members_may_have_their_own_weights_of_samples() -> None:
     dataset = ToyDataset()
     reweighters = [TimeDecay(half_life=days) for days in (5, 10, 20, 40)]
@@ -290,6 +294,7 @@ def test_members_may_have_their_own_weights_of_samples() -> None:
     assert_equal_fits(fleet, single)
 
 
+@pytest.mark.slow
 def test_a_free_place_is_taken_by_the_next_model() -> None:
     dataset = ToyDataset()
     fleet, single = members(early_stop=1), members(early_stop=1)
@@ -307,6 +312,7 @@ def bad_neighbors() -> list[LightningModel]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_members_do_not_influence_each_other(dropout: float) -> None:
     dataset = ToyDataset()
@@ -325,6 +331,7 @@ def test_members_do_not_influence_each_other(dropout: float) -> None:
         assert first.evals_result_ == second.evals_result_
 
 
+@pytest.mark.slow
 def test_the_order_of_members_does_not_matter() -> None:
     dataset = ToyDataset()
     first, second = members(), members()
@@ -375,6 +382,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "reason"), REFUSED)
 def test_a_fit_that_cannot_be_a_member_is_done_alone(
     changes: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
@@ -397,6 +405,7 @@ def test_models_of_two_architectures_make_two_fleets() -> None:
     assert [m.fit_report_["fleet_members"] for m in models] == [2, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_fitted_member_can_be_finetuned_with_its_optimizer() -> None:
     dataset = ToyDataset()
     fleet, single = members(), members()
