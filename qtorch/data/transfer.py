@@ -27,13 +27,13 @@ class CopyStream:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # untyped in torch
 
     def send(self, tensors: Sequence[Tensor]) -> PendingCopies:
         """Start copies of tensors of the host to the device."""
         with torch.cuda.stream(self._stream):
             copies = [send_to_device(tensor, self.device) for tensor in tensors]
-            is_done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch
+            is_done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # untyped in torch
             is_done.record(self._stream)
         return PendingCopies(copies, is_done)
 
@@ -58,12 +58,12 @@ class BlockFetcher:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # untyped in torch
         self._pending: tuple[Tensor, Tensor, torch.cuda.Event] | None = None
 
     def add(self, values: Tensor, target: Tensor) -> None:
         """Copy the block before this one; `values` become `target` later."""
-        is_computed = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch
+        is_computed = torch.cuda.Event()  # type: ignore[no-untyped-call]  # untyped in torch
         is_computed.record(torch.cuda.current_stream(self._device))
         self.finish()
         self._pending = values, target, is_computed

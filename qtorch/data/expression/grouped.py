@@ -220,8 +220,8 @@ class GroupExecutor(Executor):
         """Compute steps of one element-wise operator whose operands are alike, into `target`."""
         steps = [self.plan.steps[at] for at in members]
         operands = _GroupOperands(self, steps, target)
-        # _GroupOperands offers what a kernel reads of Operands.
-        stack = self.kernels[steps[0].operator](operands, steps[0])  # type: ignore[arg-type]  # see above
+        kernel = self.kernels[steps[0].operator]
+        stack = kernel(operands, steps[0])  # type: ignore[arg-type]  # it has what kernels read of Operands
         if stack.dim() == 2:  # a single step
             stack = stack[None]
         return GroupResult(stack, {at: k for k, at in enumerate(members)})

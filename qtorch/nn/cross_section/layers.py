@@ -25,9 +25,8 @@ def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Average `values [G, N, ...]` over the instruments in `mask [G, N]`: `[G, ...]`."""
-    precision = torch.promote_types(values.dtype, torch.float32)
-    share = mask / mask.sum(1, keepdim=True, dtype=precision).clamp(min=1)  # [G, N]
-    return (values * share.reshape(*mask.shape, *(1 for _ in values.shape[2:]))).sum(1)
+    weight = mask.reshape(*mask.shape, *(1 for _ in values.shape[2:])).to(values.dtype)
+    return (values * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def cosine_similarities(x: Tensor, y: Tensor) -> Tensor:
