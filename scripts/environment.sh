@@ -72,6 +72,8 @@ create() {
     fi
     # Modules are compiled when they are first imported; compiling all of them takes minutes.
     [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || options+=(--no-compile)
+    # The pip that comes with older Pythons needs twice the time to choose among versions.
+    "$folder/bin/python" -m pip install "${options[@]}" "pip>=25.1" || return 1
     # Install torch alone first: with a pinned version, pip takes it from the configured index.
     "$folder/bin/python" -m pip install "${options[@]}" \
         "$(grep '^torch==' constraints.txt)" || return 1

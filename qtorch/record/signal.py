@@ -200,7 +200,7 @@ class SigAnaRecord(Record):
         figure = ic_chart(ic, rank_ic)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, CHART)
-            figure.savefig(path, dpi=130)
+            figure.savefig(path, dpi=130, pil_kwargs={"compress_level": 1})
             self.recorder.log_artifact(str(path), artifact_path=self.artifact_path)
 
 

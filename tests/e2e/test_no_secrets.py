@@ -52,7 +52,7 @@ class ProcessListReader(threading.Thread):
         self.has_ended = threading.Event()
 
     def run(self) -> None:
-        while not self.has_ended.wait(0.02):
+        while not self.has_ended.wait(0.1):
             try:
                 for process in self.parent.children(recursive=True):
                     self.command_lines.add(" ".join(process.cmdline()))

@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 MIDDLE_COLOUR = "#9aa3ad"
+# Fractions of the picture's width and height, with room for two-digit cumulative sums.
+IC_MARGINS = {
+    **{"left": 0.06, "right": 0.99, "bottom": 0.07, "top": 0.84},
+    **{"hspace": 0.4, "wspace": 0.14},
+}
 MAX_YEARS_WITH_NUMBERS = 12  # with more years the cells of the heat map have no numbers
 
 
@@ -49,8 +54,9 @@ def ic_chart(ic: pd.Series, rank_ic: pd.Series) -> Figure:
         from matplotlib.figure import Figure
 
     ic, rank_ic = ic.dropna(), rank_ic.dropna()
-    figure = Figure(figsize=(11, 7), layout="constrained", facecolor="white")
-    axes = figure.subplot_mosaic([["day", "day"], ["sum", "histogram"]])
+    figure = Figure(figsize=(11, 7), facecolor="white")
+    # A layout that is computed draws the figure twice, in every training of a study.
+    axes = figure.subplot_mosaic([["day", "day"], ["sum", "histogram"]], gridspec_kw=IC_MARGINS)
     span = f", {ic.index[0]:%Y-%m-%d} to {ic.index[-1]:%Y-%m-%d}" if len(ic) else ""
     title = f"Information coefficient by day{span}"
     figure.suptitle(title, color=INK, fontsize=13, x=0.01, ha="left")
