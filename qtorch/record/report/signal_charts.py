@@ -38,8 +38,12 @@ MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", 
 MIDDLE_COLOUR = "#9aa3ad"
 # Fractions of the picture's width and height, with room for two-digit cumulative sums.
 IC_MARGINS = {
-    **{"left": 0.06, "right": 0.99, "bottom": 0.07, "top": 0.84},
-    **{"hspace": 0.4, "wspace": 0.14},
+    "left": 0.06,
+    "right": 0.99,
+    "bottom": 0.07,
+    "top": 0.84,
+    "hspace": 0.4,
+    "wspace": 0.14,
 }
 MAX_YEARS_WITH_NUMBERS = 12  # with more years the cells of the heat map have no numbers
 
