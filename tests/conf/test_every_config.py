@@ -70,7 +70,14 @@ def test_fsdp_shards_over_all_devices_of_all_nodes(monkeypatch, devices, num_sha
     assert strategy._data_parallel_size == size
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+def is_slow(choice: str) -> bool:
+    """Tell if the fast suite does without a choice: other tests compose the models' files too."""
+    return choice.startswith("model/") and choice not in ("model/lstm", "model/linear")
+
+
+@pytest.mark.parametrize(
+    "choice", [pytest.param(c, marks=[pytest.mark.slow] * is_slow(c)) for c in CHOICES]
+)
 def test_config_composes_and_builds(choice, bars, monkeypatch):
     require_model_library(choice.removeprefix("model/"))
     monkeypatch.chdir(bars)

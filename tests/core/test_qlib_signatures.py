@@ -12,6 +12,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import pytest
 
 from qtorch.core.names import import_object
 from qtorch.core.qlib.table import load_table
+
+pytestmark = pytest.mark.xdist_group("qlib_signatures")  # so that one process compares them
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "from-qlib.md"
@@ -119,6 +122,7 @@ def pairs() -> Iterator[tuple[str, str]]:
             yield name, entry.target
 
 
+@cache
 def find_differences() -> dict[tuple[str, str], str]:
     """Return every difference, and what it is."""
     differences = {}

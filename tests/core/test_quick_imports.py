@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import gc, weakref
 from qtorch.core.lazy import quick_imports
@@ -49,6 +51,7 @@ for name in ("pytorch_lightning", "torchmetrics", "torch._dynamo", "matplotlib.f
 """
 
 
+@pytest.mark.slow
 def test_models_without_a_network_import_no_lightning():
     subprocess.run([sys.executable, "-c", LINEAR], check=True)
 
