@@ -74,6 +74,12 @@ def modules() -> dict[Path, ast.Module]:
     return {p: ast.parse(p.read_text()) for p in sorted(PACKAGE.rglob("*.py"))}
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """Return all nodes of a module of the package."""
+    return list(ast.walk(modules()[path]))
+
+
 def module_name(path: Path) -> str:
     parts = list(path.relative_to(ROOT).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -177,9 +183,9 @@ NAMED = (
 
 def test_modules_are_named_in_strings_in_few_places():
     wrong = []
-    for path, tree in modules().items():
+    for path in modules():
         file, package = path.relative_to(ROOT).as_posix(), folder(module_name(path))
-        for node in ast.walk(tree):
+        for node in nodes(path):
             text = node.value if isinstance(node, ast.Constant) else None
             if not isinstance(text, str) or not re.fullmatch(r"[a-zA-Z_]\w*(\.\w+)+", text):
                 continue
@@ -213,9 +219,9 @@ NAME_DOORS = {
 def test_names_become_objects_and_pickles_are_read_in_few_places():
     pickling = {f"{m}.{f}" for m in ("pickle", "cloudpickle", "joblib") for f in ("load", "loads")}
     wrong = []
-    for path, tree in modules().items():
+    for path in modules():
         file = path.relative_to(ROOT).as_posix()
-        for node in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        for node in (n for n in nodes(path) if isinstance(n, ast.Call)):
             call = ast.unparse(node.func)
             is_method = call.partition(".")[0] not in ("pickle", "importlib", call)
             name = "loads" if call in pickling else call.rpartition(".")[2]
@@ -234,7 +240,7 @@ def test_paths_of_users_are_resolved_in_one_place():
         f"{file}:{node.lineno} calls {ast.unparse(node.func)}"
         for path, tree in modules().items()
         if (file := path.relative_to(ROOT).as_posix()) not in doors
-        for node in ast.walk(tree)
+        for node in nodes(path)
         if isinstance(node, ast.Call)
         and ast.unparse(node.func).rpartition(".")[2] in ("expanduser", "abspath")
     ]
@@ -274,7 +280,7 @@ def test_functions_are_rarely_long():
     sizes = {
         f"{path.relative_to(ROOT)}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
         for path, tree in modules().items()
-        for node in ast.walk(tree)
+        for node in nodes(path)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     long = {name: size for name, size in sizes.items() if size > USUAL_FUNCTION_LINES}
@@ -334,8 +340,8 @@ def code_lines(path: Path, tree: ast.Module) -> list[tuple[int, str]]:
 
 def test_no_mutable_defaults():
     wrong = []
-    for path, tree in modules().items():
-        for node in ast.walk(tree):
+    for path in modules():
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
                 defaults = [*node.args.defaults, *(d for d in node.args.kw_defaults if d)]
                 for default in defaults:
@@ -352,9 +358,9 @@ def test_no_mutable_defaults():
 
 def test_no_prints_no_bare_squeeze_no_swallowed_errors():
     wrong = []
-    for path, tree in modules().items():
+    for path in modules():
         file = path.relative_to(ROOT)
-        for node in ast.walk(tree):
+        for node in nodes(path):
             if isinstance(node, ast.Call):
                 function = node.func
                 if (
@@ -409,7 +415,7 @@ def test_users_words_are_never_markup():
             for module, node in imports(tree)
             if module in RICH_PARTS
         ]
-        for node in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        for node in (n for n in nodes(path) if isinstance(n, ast.Call)):
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             keywords = {keyword.arg for keyword in node.keywords}
             needs = {"RichHandler": "console", "Live": "console", "TextColumn": "markup"}.get(name)
@@ -432,7 +438,7 @@ def test_errors_are_printed_without_commands_of_the_terminal():
     wrong = [
         f"{path.relative_to(ROOT)}:{node.lineno} prints {ast.unparse(node)}"
         for path, tree in modules().items()
-        for node in ast.walk(tree)
+        for node in nodes(path)
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
         if any(map(has_raw_error, node.args))
     ]
@@ -442,8 +448,8 @@ def test_errors_are_printed_without_commands_of_the_terminal():
 def test_keywords_of_any_name_are_passed_on():
     """A `**kwargs` that nobody reads would swallow a typo."""
     wrong = []
-    for path, tree in modules().items():
-        for node in ast.walk(tree):
+    for path in modules():
+        for node in nodes(path):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not node.args.kwarg:
                 continue
             is_interface = len(node.body) == 1 and ast.get_docstring(node) is not None
@@ -478,8 +484,8 @@ GLOBALS = {
 
 def test_no_configuration_singleton():
     module_globals = {}
-    for path, tree in modules().items():
-        names = {n for node in ast.walk(tree) if isinstance(node, ast.Global) for n in node.names}
+    for path in modules():
+        names = {n for node in nodes(path) if isinstance(node, ast.Global) for n in node.names}
         if names:
             module_globals[path.relative_to(ROOT).as_posix()] = names
     assert module_globals == GLOBALS
