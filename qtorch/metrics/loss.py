@@ -104,10 +104,10 @@ class LabeledLoss(BaseLoss):
         *,
         complete: bool = False,
     ) -> tuple[Tensor, Tensor | int]:
-        return self.labeled_sums(LabeledScores(score, target, weight, mask))
+        return self.compute_sums(LabeledScores(score, target, weight, mask))
 
     @abstractmethod
-    def labeled_sums(self, labeled: LabeledScores) -> tuple[Tensor, Tensor]:
+    def compute_sums(self, labeled: LabeledScores) -> tuple[Tensor, Tensor]:
         """Return `(sum of weight x loss, sum of weight)`."""
 
 
@@ -147,7 +147,7 @@ class Loss(LabeledLoss):
         score = validate_score(score, target)
         return self.total(score, target.to(score.dtype)), target.numel()
 
-    def labeled_sums(self, labeled: LabeledScores) -> tuple[Tensor, Tensor]:
+    def compute_sums(self, labeled: LabeledScores) -> tuple[Tensor, Tensor]:
         if labeled.weight is None and vars(type(self)).get("is_zero_without_error", False):
             return self.total(labeled.score, labeled.target), labeled.count
         losses = self.elementwise(labeled.score, labeled.target)
@@ -334,7 +334,7 @@ class Combined(BaseLoss):
             return sums, has_label(target, mask).sum()
         labeled = LabeledScores(score, target, weight, mask)
         sums = [
-            cast(LabeledLoss, loss).labeled_sums(labeled)
+            cast(LabeledLoss, loss).compute_sums(labeled)
             if _takes_labeled_scores(loss)
             else loss.sums(score, target, weight, mask)
             for loss in self._losses()
@@ -382,7 +382,7 @@ class DayLoss(LabeledLoss):
         With several label columns, each day occurs once per column.
         """
 
-    def labeled_sums(self, labeled: LabeledScores) -> tuple[Tensor, Tensor]:
+    def compute_sums(self, labeled: LabeledScores) -> tuple[Tensor, Tensor]:
         shape = labeled.score.shape
         if len(shape) < 2:
             raise ConfigError(

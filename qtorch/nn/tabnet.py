@@ -86,7 +86,7 @@ class TabNet(Network):
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the encoding as `encode` does, and the selection mask `[B, F]` of each step."""
         x = self.bn(x)
-        count_norm_batches(self, len(x))
+        count_norm_batches(self, x.shape[0])
         shares = sum_shares(x)
         first_layers, *layers = split_layer_uses(self.shared, 1 + len(self.steps))
         attention_input = self.first_step(x, first_layers)[:, self.n_d :]
@@ -182,7 +182,7 @@ class TabNetDecoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        count_norm_batches(self, len(x))
+        count_norm_batches(self, x.shape[0])
         layers = split_layer_uses(self.shared, len(self.steps))
         steps = zip(self.steps, layers, strict=True)
         return torch.stack([step(x, shared) for step, shared in steps]).sum(0)
@@ -232,18 +232,21 @@ class GhostNorm(nn.Module):
         return max(1, num_samples // self.vbs)
 
     def forward(self, x: Tensor) -> Tensor:
-        bn, use_batch = self.bn, self.training and len(x) > 1
-        num_parts = self.num_parts(len(x)) if use_batch else 1
-        size, num_larger = divmod(len(x), num_parts)
+        count = x.shape[0]  # torch.export would treat len(x) as a constant
+        num_parts = self.num_parts(count) if self.training else 1
+        if num_parts < 2:
+            return self._normalize(x)
+        size, num_larger = divmod(count, num_parts)
         sizes = [size + (k < num_larger) for k in range(num_parts)]
-        parts = [
-            F.batch_norm(
-                part, bn.running_mean, bn.running_var, bn.weight, bn.bias, use_batch, MOMENTUM,
-                bn.eps,
-            )
-            for part in (torch.split(x, sizes) if num_parts > 1 else (x,))
-        ]  # fmt: skip
-        return torch.cat(parts) if num_parts > 1 else parts[0]
+        return torch.cat([self._normalize(part) for part in torch.split(x, sizes)])
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        """Normalize the samples of a part together."""
+        bn = self.bn
+        return F.batch_norm(
+            x, bn.running_mean, bn.running_var, bn.weight, bn.bias,
+            self.training and x.shape[0] > 1, MOMENTUM, bn.eps,
+        )  # fmt: skip
 
 
 def count_norm_batches(network: nn.Module, num_samples: int) -> None:

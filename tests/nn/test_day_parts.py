@@ -55,9 +55,9 @@ def test_attention_to_concepts_has_the_gradient_of_its_formula() -> None:
         lambda state, member: _attend_to_concepts(state, member * ~is_empty, is_empty),
         (state, member),
     )
-    nothing = _attend_to_concepts(state, torch.zeros_like(member), torch.ones_like(is_empty))
-    assert not nothing.any()
-    assert torch.isfinite(torch.autograd.grad(nothing.sum(), state)[0]).all()
+    zeros = _attend_to_concepts(state, torch.zeros_like(member), torch.ones_like(is_empty))
+    assert not zeros.any()
+    assert torch.isfinite(torch.autograd.grad(zeros.sum(), state)[0]).all()
 
 
 def test_similarities_of_vectors_with_themselves_have_one_gradient() -> None:
@@ -182,15 +182,15 @@ def test_weights_of_instruments_are_looked_up_with_their_gradient() -> None:
     instrument = torch.tensor([[0, 5, 2], [1, 0, 0]])
     mask = torch.tensor([[True, True, True], [True, True, False]])
 
-    def look_up(*parts: Tensor) -> Tensor:
+    def select_weights(*parts: Tensor) -> Tensor:
         result: Tensor = _InstrumentWeights.apply(instrument, mask, *parts)
         return result
 
-    weights = look_up(*parts)
+    weights = select_weights(*parts)
     expected = torch.cat([parts[0][:, 5], *(p[5:6] for p in parts[1:4]), parts[4][5]])
     torch.testing.assert_close(weights[0, 1], expected)
     assert not weights[1, 2].any()
-    assert torch.autograd.gradcheck(look_up, parts)
+    assert torch.autograd.gradcheck(select_weights, parts)
 
 
 def test_causal_linear_depends_on_no_later_step() -> None:
