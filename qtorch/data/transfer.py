@@ -22,20 +22,52 @@ def send_to_device(tensor: Tensor, device: torch.device) -> Tensor:
 class CopyStream:
     """A stream of a GPU for copies, which run while another stream computes.
 
-    The streams are ordered by events: what is used on one was finished on the other.
+    The streams are ordered by events: what is used on one was finished on the other. Copies are
+    made from pinned memory, which is used again as soon as its last copies are done: usually there
+    are two sets of it, one that the host fills while the GPU copies the other. If neither is free
+    there is a third one, because the host never waits.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # untyped in torch
+        self._used_memory: list[tuple[torch.cuda.Event, list[Tensor]]] = []  # with its copies' end
 
     def send(self, tensors: Sequence[Tensor]) -> PendingCopies:
         """Start copies of tensors of the host to the device."""
+        memory = self._take_memory()
+        for place, tensor in enumerate(tensors):
+            if place == len(memory):
+                memory.append(_pin_bytes(tensor.nbytes))
+            elif memory[place].numel() < tensor.nbytes:
+                memory[place] = _pin_bytes(tensor.nbytes)
         with torch.cuda.stream(self._stream):
-            copies = [send_to_device(tensor, self.device) for tensor in tensors]
+            copies = [
+                _write_copy(part, tensor).to(self.device, non_blocking=True)
+                for part, tensor in zip(memory, tensors, strict=False)
+            ]
             is_done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # untyped in torch
             is_done.record(self._stream)
+        self._used_memory.append((is_done, memory))
         return PendingCopies(copies, is_done)
+
+    def _take_memory(self) -> list[Tensor]:
+        """Return pinned memory whose copies are done, or nothing."""
+        for place, (is_done, memory) in enumerate(self._used_memory):
+            if is_done.query():
+                del self._used_memory[place]
+                return memory
+        return []
+
+
+def _pin_bytes(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8).pin_memory()
+
+
+def _write_copy(memory: Tensor, tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor at the beginning of `memory`, which is bytes."""
+    copy = memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
 
 
 class PendingCopies:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import ClassVar, cast
 
 import torch
@@ -63,7 +64,54 @@ class BaseLoss(nn.Module, ABC):
         return score[..., 0]
 
 
-class Loss(BaseLoss):
+class LabeledScores:
+    """Scores and labels of a batch, 0 where an element has no label or is not in the mask.
+
+    `valid` says which elements have one. The parts of a sum of losses share them.
+    """
+
+    def __init__(
+        self, score: Tensor, target: Tensor, weight: Tensor | None, mask: Tensor | None
+    ) -> None:
+        score = validate_score(score, target)
+        self.valid, self.weight = has_label(target, mask), weight
+        self._weight_dtype = _weight_dtype(target)
+        is_missing = ~self.valid
+        # Replace NaN before the loss is computed: a NaN times zero still has a NaN gradient.
+        self.score = score.masked_fill(is_missing, 0.0)
+        self.target = target.masked_fill(is_missing, 0.0).to(score.dtype)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """The weight of each element, 0 where it has no label."""
+        return _weights(self.valid, self.weight, self._weight_dtype)
+
+    @cached_property
+    def count(self) -> Tensor:
+        """The number of elements with a label."""
+        return self.valid.sum(dtype=self._weight_dtype)
+
+
+class LabeledLoss(BaseLoss):
+    """A loss that is computed from `LabeledScores`."""
+
+    def sums(
+        self,
+        score: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        complete: bool = False,
+    ) -> tuple[Tensor, Tensor | int]:
+        return self.compute_sums(LabeledScores(score, target, weight, mask))
+
+    @abstractmethod
+    def compute_sums(self, labeled: LabeledScores) -> tuple[Tensor, Tensor]:
+        """Return `(sum of weight x loss, sum of weight)`."""
+
+
+class Loss(LabeledLoss):
     """Weighted mean of an element-wise loss over the elements that have a label.
 
     `score` and `target` must have the same shape, `[B]` or `[B, Q]` (`[G, N, Q]` for day batches).
@@ -94,17 +142,16 @@ class Loss(BaseLoss):
         *,
         complete: bool = False,
     ) -> tuple[Tensor, Tensor | int]:
+        if not complete:
+            return super().sums(score, target, weight, mask)
         score = validate_score(score, target)
-        if complete:
-            return self.total(score, target.to(score.dtype)), target.numel()
-        valid, weight_dtype = has_label(target, mask), _weight_dtype(target)
-        # Replace NaN before the loss is computed: a NaN times zero still has a NaN gradient.
-        is_missing = ~valid
-        score, target = (values.masked_fill(is_missing, 0.0) for values in (score, target))
-        if weight is None and vars(type(self)).get("is_zero_without_error", False):
-            return self.total(score, target.to(score.dtype)), valid.sum(dtype=weight_dtype)
-        weights = _weights(valid, weight, weight_dtype)
-        return (self.elementwise(score, target.to(score.dtype)) * weights).sum(), weights.sum()
+        return self.total(score, target.to(score.dtype)), target.numel()
+
+    def compute_sums(self, labeled: LabeledScores) -> tuple[Tensor, Tensor]:
+        if labeled.weight is None and vars(type(self)).get("is_zero_without_error", False):
+            return self.total(labeled.score, labeled.target), labeled.count
+        losses = self.elementwise(labeled.score, labeled.target)
+        return (losses * labeled.weights).sum(), labeled.weights.sum()
 
 
 class FunctionalLoss(Loss):
@@ -261,25 +308,62 @@ class Combined(BaseLoss):
         *,
         complete: bool = False,
     ) -> tuple[Tensor, Tensor | int]:
-        part_sums = [cast(BaseLoss, loss).sums(score, target, weight, mask) for loss in self.parts]
-        weight_sums = [torch.as_tensor(weight) for _, weight in part_sums]
         count: Tensor | int
-        count = target.numel() if complete else has_label(target, mask).sum()
-        total_count = count
+        if complete:
+            part_sums = [loss.sums(score, target, complete=True) for loss in self._losses()]
+            count = target.numel()
+        else:
+            part_sums, count = self._part_sums(score, target, weight, mask)
         if self.sum_over_ranks is not None and self.training:
-            counts = [torch.as_tensor(count).to(weight_sums[0]), *weight_sums]
-            total_count, *weight_sums = self.sum_over_ranks(torch.stack(counts)).unbind()
+            return self._sum_over_ranks(part_sums, count), count
+        result: Tensor | None = None
+        for share, sums in zip(self.shares, part_sums, strict=True):
+            result = _add_scaled_mean(result, share, *sums, count)
+        assert result is not None
+        return result, count
+
+    def _losses(self) -> list[BaseLoss]:
+        return [cast(BaseLoss, loss) for loss in self.parts]
+
+    def _part_sums(
+        self, score: Tensor, target: Tensor, weight: Tensor | None, mask: Tensor | None
+    ) -> tuple[list[tuple[Tensor, Tensor | int]], Tensor]:
+        """Return the sums of each part, and the number of elements with a label."""
+        if not any(map(_takes_labeled_scores, self._losses())):
+            sums = [loss.sums(score, target, weight, mask) for loss in self._losses()]
+            return sums, has_label(target, mask).sum()
+        labeled = LabeledScores(score, target, weight, mask)
+        sums = [
+            cast(LabeledLoss, loss).compute_sums(labeled)
+            if _takes_labeled_scores(loss)
+            else loss.sums(score, target, weight, mask)
+            for loss in self._losses()
+        ]
+        return sums, labeled.count
+
+    def _sum_over_ranks(
+        self, part_sums: list[tuple[Tensor, Tensor | int]], count: Tensor | int
+    ) -> Tensor:
+        """Return this rank's share of the sum whose means are taken over all ranks' samples."""
+        assert self.sum_over_ranks is not None
+        first = part_sums[0][0]
+        counts = [
+            value if isinstance(value, Tensor) else first.new_full((), value)
+            for value in (count, *(weight_sum for _, weight_sum in part_sums))
+        ]
+        total_count, *weight_sums = self.sum_over_ranks(
+            torch.stack([value.to(first.dtype) for value in counts])
+        ).unbind()
         means = [
-            mean if share == 1 else share * mean
+            mean_from_sums(total, weight_sum) * share
             for share, (total, _), weight_sum in zip(
                 self.shares, part_sums, weight_sums, strict=True
             )
-            for mean in [mean_from_sums(total, weight_sum)]
         ]
-        return sum(means[1:], means[0]) * total_count, count
+        return sum(means[1:], means[0]) * total_count
 
 
-class DayLoss(BaseLoss):
+class DayLoss(LabeledLoss):
     """Mean over days of a loss that is defined on a whole day.
 
     `score` and `target` are `[G, N]` or `[G, N, Q]`: G cross-sections of N instruments (for each
@@ -298,27 +382,18 @@ class DayLoss(BaseLoss):
         With several label columns, each day occurs once per column.
         """
 
-    def sums(
-        self,
-        score: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        complete: bool = False,
-    ) -> tuple[Tensor, Tensor | int]:
-        score = validate_score(score, target)
-        if score.dim() < 2:
+    def compute_sums(self, labeled: LabeledScores) -> tuple[Tensor, Tensor]:
+        shape = labeled.score.shape
+        if len(shape) < 2:
             raise ConfigError(
                 f"{type(self).__name__} compares the samples of a day, but the scores "
-                f"{list(score.shape)} are not grouped by day. Train on day batches: "
+                f"{list(shape)} are not grouped by day. Train on day batches: "
                 "batch.order=day (in Python, batch={'order': 'day'})."
             )
-        valid, share = valid_and_weight(target, weight, mask)
-        is_missing = ~valid
-        score = score.masked_fill(is_missing, 0.0)
-        target = target.masked_fill(is_missing, 0.0).to(score.dtype)
-        score, target, valid, share = (_flatten_labels(t) for t in (score, target, valid, share))
+        score, target, valid, share = (
+            _flatten_labels(t)
+            for t in (labeled.score, labeled.target, labeled.valid, labeled.weights)
+        )
         is_too_small = valid.sum(1) < 2
         loss = self.day_losses(score, target, valid, share).masked_fill(is_too_small, 0.0)
         return loss.sum(), (~is_too_small).sum(dtype=loss.dtype)
@@ -427,6 +502,29 @@ LOSSES: dict[str, type[BaseLoss]] = {
     "listnet": ListNet,
     "listmle": ListMLE,
 }
+
+
+def _add_scaled_mean(
+    result: Tensor | None,
+    share: float,
+    total: Tensor,
+    weight_sum: Tensor | int,
+    count: Tensor | int,
+) -> Tensor:
+    """Return `result + share * count * total / weight_sum`; `result` None is zero."""
+    is_count = weight_sum is count or (isinstance(count, int) and weight_sum == count)
+    if not is_count:
+        total = mean_from_sums(total, torch.as_tensor(weight_sum))
+        if result is not None and isinstance(count, Tensor):
+            return torch.addcmul(result, total, count.to(total.dtype), value=share)
+        total = total * count
+    total = total if share == 1 else share * total
+    return total if result is None else result + total
+
+
+def _takes_labeled_scores(loss: BaseLoss) -> bool:
+    """Whether a loss is computed from `LabeledScores`: it has no `sums` of its own."""
+    return type(loss).sums in (LabeledLoss.sums, Loss.sums)
 
 
 def mean_from_sums(total: Tensor, weight_sum: Tensor) -> Tensor:

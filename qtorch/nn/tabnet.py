@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from qtorch.nn.mlp import BatchNorm
 from qtorch.nn.network import Network
+from qtorch.nn.recurrent import split_uses
+from qtorch.nn.stacked import is_stacked
 
 MOMENTUM = 0.01  # of all batch norms of TabNet
 
@@ -84,13 +86,17 @@ class TabNet(Network):
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the encoding as `encode` does, and the selection mask `[B, F]` of each step."""
         x = self.bn(x)
-        prior = torch.ones_like(x) if prior is None else prior
-        attention_input = self.first_step(x, self.shared)[:, self.n_d :]
-        decisions, selections = [], []
-        for step in self.steps:
-            selection, hidden = step(x, attention_input, prior, self.shared)
-            if self.relax is not None:
-                prior = prior * (self.relax - selection)
+        count_norm_batches(self, x.shape[0])
+        shares = sum_shares(x)
+        first_layers, *layers = split_layer_uses(self.shared, 1 + len(self.steps))
+        attention_input = self.first_step(x, first_layers)[:, self.n_d :]
+        decisions: list[Tensor] = []
+        selections: list[Tensor] = []
+        for step, step_layers in zip(self.steps, layers, strict=True):
+            if selections and self.relax is not None:
+                unused = self.relax - selections[-1]
+                prior = unused if prior is None else prior * unused
+            selection, hidden = step(x, attention_input, prior, step_layers, shares)
             decision, attention_input = hidden.split((self.n_d, hidden.shape[-1] - self.n_d), -1)
             decisions.append(decision)
             selections.append(selection)
@@ -112,9 +118,14 @@ class DecisionStep(nn.Module):
         self.fea_tran = FeatureTransformer(d_feat, width, n_shared, n_ind, vbs)
 
     def forward(
-        self, x: Tensor, attention_input: Tensor, prior: Tensor, shared: nn.ModuleList
+        self,
+        x: Tensor,
+        attention_input: Tensor,
+        prior: Tensor | None,
+        shared: list[LinearWeights],
+        shares: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        selection = self.atten_tran(attention_input, prior)
+        selection = self.atten_tran(attention_input, prior, shares)
         return selection, self.fea_tran(x * selection, shared)
 
 
@@ -130,25 +141,29 @@ class FeatureTransformer(nn.Module):
             GLU(first_size if k == 0 else width, width, vbs) for k in range(n_ind)
         )
 
-    def forward(self, x: Tensor, shared: nn.ModuleList) -> Tensor:
+    def forward(self, x: Tensor, shared: list[LinearWeights]) -> Tensor:
         """Map `x [B, in_size]` to `[B, width]`; `shared` are the linear layers of all steps."""
-        linear = [*shared, *(glu.fc for glu in self.independ)]
+        linear = [*shared, *((glu.fc.weight, glu.fc.bias) for glu in self.independ)]
         for k, glu in enumerate((*self.shared, *self.independ)):
-            hidden = glu(linear[k](x))
+            hidden = glu(F.linear(x, *linear[k]))
             x = hidden if k == 0 else (x + hidden) * 0.5**0.5
         return x
 
 
 class AttentiveTransformer(nn.Module):
-    """Compute a sparse feature selection mask that sums to one: `[B, n_a]` to `[B, F]`."""
+    """Compute a sparse feature selection mask that sums to one: `[B, n_a]` to `[B, F]`.
+
+    A `prior` of None is one for each feature. `shares` as of `sparsemax`.
+    """
 
     def __init__(self, n_a: int, d_feat: int, vbs: int) -> None:
         super().__init__()
         self.fc = nn.Linear(n_a, d_feat)
         self.bn = GhostNorm(d_feat, vbs)
 
-    def forward(self, x: Tensor, prior: Tensor) -> Tensor:
-        return sparsemax(self.bn(self.fc(x)) * prior)
+    def forward(self, x: Tensor, prior: Tensor | None, shares: Tensor | None = None) -> Tensor:
+        scores = self.bn(self.fc(x))
+        return sparsemax(scores if prior is None else scores * prior, shares)
 
 
 class TabNetDecoder(nn.Module):
@@ -167,7 +182,10 @@ class TabNetDecoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([step(x, self.shared) for step in self.steps]).sum(0)
+        count_norm_batches(self, x.shape[0])
+        layers = split_layer_uses(self.shared, len(self.steps))
+        steps = zip(self.steps, layers, strict=True)
+        return torch.stack([step(x, shared) for step, shared in steps]).sum(0)
 
 
 class DecoderStep(nn.Module):
@@ -178,7 +196,7 @@ class DecoderStep(nn.Module):
         self.fea_tran = FeatureTransformer(in_size, d_feat, n_shared, n_ind, vbs)
         self.fc = nn.Linear(d_feat, d_feat)
 
-    def forward(self, x: Tensor, shared: nn.ModuleList) -> Tensor:
+    def forward(self, x: Tensor, shared: list[LinearWeights]) -> Tensor:
         return self.fc(self.fea_tran(x, shared))
 
 
@@ -199,7 +217,7 @@ class GhostNorm(nn.Module):
     """Batch normalization of equal parts of a batch, of at least `vbs` samples, separately.
 
     Hoffer et al., "Train longer, generalize better", NeurIPS 2017. The running statistics are
-    used in evaluation and for a batch of one sample.
+    used in evaluation and for a batch of one sample. `count_norm_batches` counts the parts.
     """
 
     def __init__(self, width: int, vbs: int) -> None:
@@ -209,22 +227,47 @@ class GhostNorm(nn.Module):
         self.vbs = vbs
         self.bn = BatchNorm(width, momentum=MOMENTUM)
 
+    def num_parts(self, num_samples: int) -> int:
+        """Return how many parts of a training batch are normalized separately."""
+        return max(1, num_samples // self.vbs)
+
     def forward(self, x: Tensor) -> Tensor:
-        num_parts = x.shape[0] // self.vbs if self.training else 1
+        count = x.shape[0]  # torch.export would treat len(x) as a constant
+        num_parts = self.num_parts(count) if self.training else 1
         if num_parts < 2:
-            return self.bn(x)
-        size, num_larger = divmod(x.shape[0], num_parts)
+            return self._normalize(x)
+        size, num_larger = divmod(count, num_parts)
         sizes = [size + (k < num_larger) for k in range(num_parts)]
+        return torch.cat([self._normalize(part) for part in torch.split(x, sizes)])
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        """Normalize the samples of a part together."""
         bn = self.bn
-        assert bn.num_batches_tracked is not None
-        bn.num_batches_tracked.add_(num_parts)
-        parts = [
-            F.batch_norm(
-                part, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, MOMENTUM, bn.eps
-            )
-            for part in torch.split(x, sizes)
-        ]
-        return torch.cat(parts)
+        return F.batch_norm(
+            x, bn.running_mean, bn.running_var, bn.weight, bn.bias,
+            self.training and x.shape[0] > 1, MOMENTUM, bn.eps,
+        )  # fmt: skip
+
+
+def count_norm_batches(network: nn.Module, num_samples: int) -> None:
+    """Count a training batch in each GhostNorm of a network, by one operation for all of them."""
+    if not network.training or num_samples < 2:
+        return
+    counters: dict[int, list[Tensor]] = {}
+    for norm in network.modules():
+        if isinstance(norm, GhostNorm):
+            assert norm.bn.num_batches_tracked is not None
+            parts = counters.setdefault(norm.num_parts(num_samples), [])
+            parts.append(norm.bn.num_batches_tracked)
+    for num_parts, tensors in counters.items():
+        if is_stacked():  # vmap has no operation for several tensors
+            for tensor in tensors:
+                tensor.add_(num_parts)
+        else:
+            torch._foreach_add_(tensors, num_parts)
+
+
+LinearWeights = tuple[Tensor, Tensor]  # weight and bias of a linear layer
 
 
 def make_shared_layers(in_size: int, width: int, count: int) -> nn.ModuleList:
@@ -232,15 +275,38 @@ def make_shared_layers(in_size: int, width: int, count: int) -> nn.ModuleList:
     return nn.ModuleList(nn.Linear(in_size if k == 0 else width, 2 * width) for k in range(count))
 
 
-def sparsemax(scores: Tensor) -> Tensor:
+def split_layer_uses(layers: nn.ModuleList, count: int) -> list[list[LinearWeights]]:
+    """Return the weights of linear layers for each of `count` uses; see `split_uses`."""
+    uses = [
+        list(zip(*(split_uses(w, count) for w in (layer.weight, layer.bias)), strict=True))
+        for layer in layers
+    ]
+    return [[layer_uses[k] for layer_uses in uses] for k in range(count)]
+
+
+def sparsemax(scores: Tensor, shares: Tensor | None = None) -> Tensor:
     """Return the Euclidean projection of scores onto the simplex of the last axis.
 
-    The result sums to one and is sparse, unlike that of a softmax.
+    The result sums to one and is sparse, unlike that of a softmax. `shares` is the result of
+    `sum_shares` for such scores.
 
     Martins and Astudillo, "From Softmax to Sparsemax", ICML 2016.
     """
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    return _Sparsemax.apply(scores)  # type: ignore[no-untyped-call]  # untyped in torch
+    shares = sum_shares(scores) if shares is None else shares
+    return _Sparsemax.apply(scores, shares)  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+def sum_shares(values: Tensor) -> Tensor | None:
+    """Return the matrix `[F, F]` that maps `[..., F]` to the means of the first k of F numbers.
+
+    For CUDA alone, whose cumulated sum is not deterministic; None on other devices.
+    """
+    if not values.is_cuda:
+        return None
+    options: Any = {"dtype": torch.float64, "device": values.device}
+    width = values.shape[-1]
+    return torch.ones(width, width, **options).triu() / torch.arange(1, width + 1, **options)
 
 
 class _Sparsemax(torch.autograd.Function):
@@ -249,34 +315,28 @@ class _Sparsemax(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(scores: Tensor) -> Tensor:
-        scores = scores - scores.amax(-1, keepdim=True)
-        sorted_scores = scores.sort(-1, descending=True).values
-        count = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
+    def forward(scores: Tensor, shares: Tensor | None) -> Tensor:
         # The threshold that leaves a sum of one among the largest k scores is highest for the k
         # that the projection selects.
-        threshold = ((cumulative_sum(sorted_scores) - 1) / count).amax(-1, keepdim=True)
-        return F.relu(scores - threshold)
+        largest = scores.sort(-1, descending=True).values
+        if shares is not None:
+            thresholds = torch.addmm(shares[0], largest.double(), shares, beta=-1)
+            return F.relu(scores - thresholds.amax(-1, keepdim=True)).to(scores.dtype)
+        maximum = largest[..., :1]
+        count = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
+        thresholds = ((largest - maximum).cumsum(-1) - 1) / count
+        return F.relu(scores - maximum - thresholds.amax(-1, keepdim=True))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
         ctx.save_for_backward(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (projection,) = ctx.saved_tensors
-        is_selected = (projection > 0).to(gradient.dtype)
+        is_selected = projection.sign()
         gradient = gradient * is_selected
         # At least one is selected, also where scores are NaN.
         size = is_selected.sum(-1, keepdim=True).clamp(min=1)
         mean = gradient.sum(-1, keepdim=True) / size
-        return torch.addcmul(gradient, mean, is_selected, value=-1)
-
-
-def cumulative_sum(values: Tensor) -> Tensor:
-    """Return `values.cumsum(-1)`; by a product on CUDA, whose own sum is not deterministic."""
-    if not values.is_cuda:
-        return values.cumsum(-1)
-    width = values.shape[-1]
-    ones = torch.ones(width, width, dtype=torch.float64, device=values.device).triu()
-    return (values.double() @ ones).to(values.dtype)
+        return torch.addcmul(gradient, mean, is_selected, value=-1), None

@@ -53,7 +53,8 @@ def count_stages(gpu: PretendedCuda) -> None:
         @functools.wraps(method)
         def counting_hook(self: Any, *args: Any, **kwargs: Any) -> Any:
             name = stage
-            if is_step and self.trainer.current_epoch == 0:
+            # After a pretraining, the first epoch of the training sets up the optimizer again.
+            if is_step and self.trainer.current_epoch <= self.pretraining_epochs:
                 name += FIRST_EPOCH
             if gpu.stage == name:  # called by the hook of a derived class
                 return method(self, *args, **kwargs)

@@ -521,7 +521,10 @@ def _join_heads(values: Tensor) -> Tensor:
 
 
 class Cudnn:
-    """cuDNN's recurrent layers: one operation forward, one backward."""
+    """cuDNN's recurrent layers: one operation forward, one backward.
+
+    All its tensors have one dtype. It computes in float32, because CPUs lack layers of bfloat16.
+    """
 
     LSTM, GRU = 2, 3
     _graphs = KeptGraphs()
@@ -532,10 +535,12 @@ class Cudnn:
          _, _) = args  # fmt: skip
         states = [hx, cx] if kind == cls.LSTM else [hx]
         leaves = [get_content(t) for t in (x, *states, *weight)]
+        if {t.dtype for t in leaves} != {x.dtype}:
+            raise RuntimeError(f"cuDNN takes tensors of one dtype: {[t.dtype for t in leaves]}")
 
         def compute() -> Any:
             with torch.enable_grad():
-                inputs = [t.detach().clone().requires_grad_(True) for t in leaves]
+                inputs = [t.detach().float().clone().requires_grad_(True) for t in leaves]
                 weights = inputs[1 + len(states) :]
                 first = tuple(inputs[1:3]) if kind == cls.LSTM else inputs[1]
                 layer = cpu_layer(kind)
@@ -547,7 +552,7 @@ class Cudnn:
         reserve = torch.zeros(1)
         if train:
             cls._graphs.keep(reserve, (inputs, outputs, kind))
-        results = [CudaTensor(o.detach().clone()) for o in outputs]
+        results = [CudaTensor(o.detach().to(x.dtype, copy=True)) for o in outputs]
         return (*results, CudaTensor(reserve), CudaTensor(torch.zeros(0)))
 
     @classmethod
@@ -556,8 +561,9 @@ class Cudnn:
         if not train:
             raise RuntimeError("cudnn RNN backward can only be called in training mode")
         inputs, outputs, kind = cls._graphs.find(reserve)
+        dtype = args[0].dtype
         pairs = [
-            (output, get_content(gradient))
+            (output, get_content(gradient).to(output.dtype))
             for output, gradient in zip(outputs, output_gradients, strict=True)
             if gradient is not None
         ]
@@ -569,10 +575,12 @@ class Cudnn:
             )  # fmt: skip
 
         gradients = gpu.autograd_thread.submit(compute).result()
-        results = [None if g is None else CudaTensor(g.detach().clone()) for g in gradients]
+        results = [
+            None if g is None else CudaTensor(g.detach().to(dtype, copy=True)) for g in gradients
+        ]
         first_weight = 3 if kind == cls.LSTM else 2
         weights = [
-            CudaTensor(torch.zeros_like(i.detach())) if r is None else r
+            CudaTensor(torch.zeros_like(i.detach(), dtype=dtype)) if r is None else r
             for r, i in zip(results, inputs, strict=True)
         ]
         x, hx, cx = results[0], results[1], results[2] if kind == cls.LSTM else None
@@ -711,6 +719,12 @@ def _apply_in_place(apply: Any) -> Any:
         torch.__future__.set_swap_module_params_on_conversion(True)
         try:
             return apply(self, function, recurse)
+        except RuntimeError as error:
+            # After an error in a step, autograd still holds the parameters.
+            if "Couldn't swap" not in str(error):
+                raise
+            torch.__future__.set_swap_module_params_on_conversion(False)
+            return apply(self, function, recurse)
         finally:
             torch.__future__.set_swap_module_params_on_conversion(previous)
 
@@ -724,6 +738,10 @@ def _recurrent_layer(kind: int) -> Any:
         if not x.is_cuda:
             return on_cpu(x, hx, weights, bias, layers, dropout, train, bidirectional, batch_first)
         h, c = hx if kind == Cudnn.LSTM else (hx, None)
+        if torch.is_autocast_enabled("cuda"):  # CUDA's autocast knows _cudnn_rnn
+            dtype = torch.get_autocast_dtype("cuda")
+            x, h, *weights = (t.to(dtype) for t in (x, h, *weights))
+            c = None if c is None else c.to(dtype)
         outputs = torch.ops.aten._cudnn_rnn(
             x, list(weights), 4, None, h, c, kind, h.shape[-1], 0, layers, batch_first,
             float(dropout), train, bidirectional, [], None,

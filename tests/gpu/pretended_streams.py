@@ -73,7 +73,8 @@ class PretendedEvent:
             self.stream.device.default_stream.wait_event(self)
 
     def query(self) -> bool:
-        return True
+        """Return whether the work has happened: no copy does before a stream waits for it."""
+        return self.stream is None or not any(copy in self.stream.copies for copy in self._copies)
 
 
 class StreamOrder:

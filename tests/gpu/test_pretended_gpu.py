@@ -112,6 +112,15 @@ def test_no_network_adds_in_an_order_that_the_device_chooses(report: dict[str, A
     assert not any(sums.values()), sums
 
 
+def test_recurrent_networks_train_in_mixed_precision(tmp_path: Path) -> None:
+    """Their layers get inputs, states and weights of one dtype."""
+    path, names = tmp_path / "errors.json", ["add", "adarnn", "gru", "lstm", "tcts"]
+    process = run_program("tests/gpu/mixed_precision.py", str(path), *names)
+    assert process.returncode == 0, process.stderr[-3000:]
+    errors = json.loads(path.read_text())
+    assert errors == dict.fromkeys(names), "\n".join(filter(None, errors.values()))
+
+
 def test_the_same_fit_twice_is_bit_identical(tmp_path: Path) -> None:
     """Also without trainer.deterministic; and a network that adds atomically is found."""
     path = tmp_path / "differences.json"

@@ -6,11 +6,14 @@ import torch
 from qtorch.metrics.loss import (
     MAE,
     MSE,
+    BaseLoss,
     Combined,
     CrossEntropy,
     Huber,
     Loss,
+    Pairwise,
     Quantile,
+    has_label,
     mean_from_sums,
 )
 
@@ -157,3 +160,48 @@ def test_combined_loss_is_the_weighted_sum() -> None:
     total, count = combined.sums(*pair, complete=True)
     assert count == 8
     torch.testing.assert_close(total / count, combined(*pair))
+
+
+class HalfOfElements(BaseLoss):
+    """The mean error of every second element: a loss with sums of its own."""
+
+    def sums(
+        self,
+        score: torch.Tensor,
+        target: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        *,
+        complete: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | int]:
+        error = (score - target)[..., ::2].nan_to_num()
+        return error.sum(), error.numel()
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_parts_of_a_combined_loss_search_for_labels_once(
+    complete: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    score = torch.randn(3, 6, requires_grad=True)
+    target = torch.randn(3, 6)
+    if not complete:
+        target[0, 1:4], target[2] = torch.nan, torch.nan
+    parts: list[tuple[BaseLoss, float]] = [
+        (MSE(), 1.0),
+        (Pairwise(), 0.1),
+        (Quantile(0.3), 2.0),
+        (HalfOfElements(), 0.5),
+    ]
+    expected = torch.stack([share * part(score, target) for part, share in parts]).sum()
+    searches = []
+    monkeypatch.setattr(
+        "qtorch.metrics.loss.has_label",
+        lambda target, mask: searches.append(1) or has_label(target, mask),
+    )
+    total, count = Combined(parts).sums(score, target, complete=complete)
+    assert len(searches) == 1  # of the pairs, if no label is missing
+    assert int(count) == (18 if complete else 9)
+    torch.testing.assert_close(total / count, expected)
+    gradients = [torch.autograd.grad(value, score)[0] for value in (total / count, expected)]
+    torch.testing.assert_close(*gradients)

@@ -13,13 +13,20 @@ from qtorch.core.errors import ConfigError
 from qtorch.model.network_config import build_network, complete_network_config
 from qtorch.nn import ADD, IGMTF, MASTER
 from qtorch.nn.cross_section.add import reverse_gradient
+from qtorch.nn.cross_section.hist import _attend_to_concepts
 from qtorch.nn.cross_section.layers import (
     MaskCounts,
     MaskedBatchNorm,
     cosine_similarities,
     own_similarities,
 )
-from qtorch.nn.cross_section.stockmixer import CausalLinear, InstrumentMixer, StockMixer
+from qtorch.nn.cross_section.stockmixer import (
+    CausalLinear,
+    InstrumentMixer,
+    StockMixer,
+    _DayNorm,
+    _InstrumentWeights,
+)
 
 
 def test_cosine_similarities_equal_those_of_torch_and_have_their_gradient() -> None:
@@ -30,6 +37,27 @@ def test_cosine_similarities_equal_those_of_torch_and_have_their_gradient() -> N
     x, y = x.requires_grad_(), y.requires_grad_()
     assert torch.autograd.gradcheck(cosine_similarities, (x, y))
     assert torch.autograd.gradcheck(lambda v: cosine_similarities(v, v), (x,))
+
+
+def test_attention_to_concepts_has_the_gradient_of_its_formula() -> None:
+    torch.manual_seed(0)
+    state = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    member = torch.rand(2, 5, 4, dtype=torch.float64)
+    is_empty = torch.tensor([[False] * 4, [False, True, False, False]])[:, None]
+    member = member.masked_fill(is_empty, 0.0).requires_grad_()
+    concept = member.transpose(1, 2) @ state
+    similarity = F.cosine_similarity(state[:, :, None], concept[:, None], -1)
+    share = similarity.masked_fill(is_empty, -torch.inf).softmax(-1)
+    torch.testing.assert_close(
+        _attend_to_concepts(state, member, is_empty), share @ concept, rtol=1e-4, atol=1e-5
+    )
+    assert torch.autograd.gradcheck(
+        lambda state, member: _attend_to_concepts(state, member * ~is_empty, is_empty),
+        (state, member),
+    )
+    zeros = _attend_to_concepts(state, torch.zeros_like(member), torch.ones_like(is_empty))
+    assert not zeros.any()
+    assert torch.isfinite(torch.autograd.grad(zeros.sum(), state)[0]).all()
 
 
 def test_similarities_of_vectors_with_themselves_have_one_gradient() -> None:
@@ -127,9 +155,47 @@ def test_instrument_mixer_equals_dense_layers_over_a_full_universe() -> None:
     torch.testing.assert_close(output, expected.gather(1, order[..., None].expand_as(x)))
 
 
+def test_the_norm_of_a_day_has_the_gradient_of_its_formula() -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    parts = [torch.randn(2, 5, width, dtype=torch.float64) for width in (3, 1, 1)]
+    x, scale, shift = (part.requires_grad_() for part in parts)
+    share = mask / mask.sum(1, keepdim=True, dtype=torch.float64)
+
+    def normalize(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        scale, shift = (part * mask[..., None] for part in (scale, shift))
+        result: Tensor = _DayNorm.apply(x, mask, share, scale, shift, 1e-5)[0]
+        return result
+
+    day = x[1, :3]
+    variance, mean = torch.var_mean(day, 0, correction=0)
+    expected = (day - mean) * (variance + 1e-5).rsqrt() * scale[1, :3] + shift[1, :3]
+    torch.testing.assert_close(normalize(x, scale, shift)[1, :3], expected)
+    assert not normalize(x, scale, shift)[1, 3:].any()
+    assert torch.autograd.gradcheck(normalize, (x, scale, shift))
+
+
+def test_weights_of_instruments_are_looked_up_with_their_gradient() -> None:
+    torch.manual_seed(0)
+    shapes = (3, 6), (6,), (6,), (6,), (6, 3)
+    parts = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    instrument = torch.tensor([[0, 5, 2], [1, 0, 0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+
+    def select_weights(*parts: Tensor) -> Tensor:
+        result: Tensor = _InstrumentWeights.apply(instrument, mask, *parts)
+        return result
+
+    weights = select_weights(*parts)
+    expected = torch.cat([parts[0][:, 5], *(p[5:6] for p in parts[1:4]), parts[4][5]])
+    torch.testing.assert_close(weights[0, 1], expected)
+    assert not weights[1, 2].any()
+    assert torch.autograd.gradcheck(select_weights, parts)
+
+
 def test_causal_linear_depends_on_no_later_step() -> None:
     torch.manual_seed(0)
-    layer, x = CausalLinear(5), torch.randn(2, 5, requires_grad=True)
+    layer, x = CausalLinear(5), torch.randn(2, 5, 1, requires_grad=True)
     for t, value in enumerate(layer(x)[0]):
         grad = torch.autograd.grad(value, x, retain_graph=True)[0][0]
         assert (grad[: t + 1] != 0).all()

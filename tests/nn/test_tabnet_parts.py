@@ -38,6 +38,19 @@ def test_ghost_norm_normalizes_parts_of_a_batch_separately() -> None:
     torch.testing.assert_close(single_output, norm.eval()(x)[:1])
 
 
+def test_each_norm_counts_its_parts_of_a_training_batch() -> None:
+    network = TabNet(d_feat=5, n_d=4, n_a=4, out_dim=4, n_steps=3, vbs=3)
+    decoder = network.decoder()
+    for size in (11, 4, 1):  # three parts, one, and a sample that is not counted
+        decoder(network.encode(torch.randn(size, 5))[0])
+    network.eval()(torch.randn(11, 5))
+    for module in (network, decoder):
+        counts = {k: int(v) for k, v in module.named_buffers() if k.endswith("batches_tracked")}
+        assert {k: v for k, v in counts.items() if v != 4} == (
+            {"bn.num_batches_tracked": 2} if module is network else {}
+        )
+
+
 @pytest.mark.parametrize("relax", [1.0, 1.5, None])
 def test_selected_features_get_a_lower_prior_in_later_steps(relax: float | None) -> None:
     torch.manual_seed(0)
@@ -50,6 +63,7 @@ def test_selected_features_get_a_lower_prior_in_later_steps(relax: float | None)
     network.encode(torch.randn(20, 5))
     expected = torch.ones(20, 5)
     for prior, selection in attention_calls:
+        prior = torch.ones(20, 5) if prior is None else prior
         torch.testing.assert_close(prior, expected)
         torch.testing.assert_close(selection.sum(-1), torch.ones(20))
         expected = expected if relax is None else expected * (relax - selection)

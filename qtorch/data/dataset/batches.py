@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qtorch.core.errors import ConfigError, unknown_name_message
 from qtorch.data.dataset.batch import Batch
-from qtorch.data.dataset.samples import Samples
+from qtorch.data.dataset.samples import Samples, SampleTable, TableRows
 from qtorch.data.transfer import CopyStream, send_to_device
 
 Order = Literal["random", "sequential", "day", "day_sequential"]
@@ -38,6 +38,34 @@ class EpochSampler:
 
     def __len__(self) -> int:
         return self._num_samples
+
+
+class SampleOrder:
+    """The samples of an epoch in their order.
+
+    Dates, instruments and labels of the next batches are gathered at once, which takes less time
+    than to do it for each batch.
+    """
+
+    NUM_ROWS_AHEAD = 1 << 15
+
+    def __init__(self, samples: Samples, order: Tensor) -> None:
+        self._samples = samples
+        self._order = send_to_device(order, samples.index_device)
+        self._table: SampleTable | None = None
+        self._rows, self._columns = slice(0, 0), TableRows((), ())  # places, and what they hold
+
+    def batch(self, rows: slice, *, size: int | None = None) -> Batch:
+        """Gather the samples at the places `rows` of the order; `size` as of `Samples.batch`."""
+        table = self._samples.get_table()
+        is_ahead = self._rows.start <= rows.start and rows.stop <= self._rows.stop
+        if table is not self._table or not is_ahead:
+            end = max(rows.stop, rows.start + self.NUM_ROWS_AHEAD)
+            self._table, self._rows = table, slice(rows.start, min(end, len(self._order)))
+            self._columns = table.rows(self._order[self._rows])
+        begin = self._rows.start
+        columns = self._columns.part(rows.start - begin, rows.stop - begin)
+        return self._samples.batch(self._order[rows], size=size, columns=columns)
 
 
 class BatchLoader:
@@ -118,11 +146,9 @@ class BatchLoader:
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the epoch's batches from `start_step` on; the loader's state is unchanged."""
         order = self.epoch_order(epoch)
-        device_order = order
-        if not self.by_day:
-            device_order = send_to_device(order, self.samples.index_device)
+        sample_order = None if self.by_day else SampleOrder(self.samples, order)
         steps = range(start_step, len(self))
-        batches = (self._batch(order, device_order, step) for step in steps)
+        batches = (self._batch(order, sample_order, step) for step in steps)
         if self.samples.store != "host":
             yield from batches
         elif self.samples.device.type == "cuda":
@@ -130,16 +156,17 @@ class BatchLoader:
         else:
             yield from _one_ahead(map(self.samples.send_to_device, batches))
 
-    def _batch(self, order: Tensor, device_order: Tensor, step: int) -> Batch:
+    def _batch(self, order: Tensor, sample_order: SampleOrder | None, step: int) -> Batch:
         rows = self.batch_rows(step)
-        return self._gather(order, device_order, rows, self.size if self.pad_tail else None)
+        return self._gather(order, sample_order, rows, self.size if self.pad_tail else None)
 
     def batch_rows(self, step: int) -> slice:
         """Return the places of a batch in the epoch's order."""
-        begin, end = step * self.size, min((step + 1) * self.size, self._count)
-        last = -(-self._count // self.size) - 1
-        if not self.by_day and last > 0 and self._count - last * self.size < self.min_tail:
-            middle = ((last - 1) * self.size + self._count + 1) // 2
+        count = self._count
+        begin, end = step * self.size, min((step + 1) * self.size, count)
+        last = -(-count // self.size) - 1
+        if not self.by_day and last > 0 and count - last * self.size < self.min_tail:
+            middle = ((last - 1) * self.size + count + 1) // 2
             if step == last:
                 begin = middle
             elif step == last - 1:
@@ -147,7 +174,7 @@ class BatchLoader:
         return slice(begin, end)
 
     def _gather(
-        self, order: Tensor, device_order: Tensor, rows: slice, pad: int | None = None
+        self, order: Tensor, sample_order: SampleOrder | None, rows: slice, pad: int | None = None
     ) -> Batch:
         """Gather the samples (or days) at the places `rows` of the order; a dummy for no rows.
 
@@ -155,9 +182,9 @@ class BatchLoader:
         """
         if rows.start == rows.stop:
             return dummy_batch(self.samples, self.by_day)
-        if self.by_day:
+        if sample_order is None:
             return self.samples.day_batch(order[rows], num_days=pad)
-        return self.samples.batch(device_order[rows], size=pad)
+        return sample_order.batch(rows, size=pad)
 
     # -- resuming ------------------------------------------------------------------------------
 
@@ -281,12 +308,12 @@ class ShardedLoader(BatchLoader):
         num_full, remainder = divmod(self._count, self.size)
         return num_full + int(remainder >= self.world_size if self.trim else remainder > 0)
 
-    def _batch(self, order: Tensor, device_order: Tensor, step: int) -> Batch:
+    def _batch(self, order: Tensor, sample_order: SampleOrder | None, step: int) -> Batch:
         batch_rows = self.batch_rows(step)
         begin, end = batch_rows.start, batch_rows.stop
         part = shard_slice(end - begin, self.rank, self.world_size)
         rows = slice(begin + part.start, begin + part.stop)
-        batch = self._gather(order, device_order, rows)
+        batch = self._gather(order, sample_order, rows)
         batch.global_size = end - begin
         return batch
 
@@ -343,11 +370,11 @@ class BlockLoader(BatchLoader):
     def __len__(self) -> int:
         return self.num_batches
 
-    def _batch(self, order: Tensor, device_order: Tensor, step: int) -> Batch:
+    def _batch(self, order: Tensor, sample_order: SampleOrder | None, step: int) -> Batch:
         if self.keeps_batch_bounds:
             first = min(self.begin + step * self.size, self.end)
             rows = slice(first, min(first + self.size, self.end))
         else:
             part = shard_slice(self.end - self.begin, step, self.num_batches)
             rows = slice(self.begin + part.start, self.begin + part.stop)
-        return self._gather(order, device_order, rows)
+        return self._gather(order, sample_order, rows)

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -113,7 +113,7 @@ class Samples:
     # -- contents ------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self.date)
+        return self.date.shape[0]  # faster than len()
 
     @property
     def num_days(self) -> int:
@@ -228,14 +228,20 @@ class Samples:
 
     # -- batches -------------------------------------------------------------------------------
 
-    def batch(self, rows: Tensor, *, size: int | None = None) -> Batch:
+    def batch(
+        self, rows: Tensor, *, size: int | None = None, columns: TableRows | None = None
+    ) -> Batch:
         """Gather the samples `rows`, int64 `[B]` on `index_device`.
 
-        With `size` the batch is padded to that many rows and has a mask.
+        With `size` the batch is padded to that many rows and has a mask. `columns` are those of the
+        table at `rows`, if they have been gathered.
         """
         count = len(rows)
-        if size is None:
-            return self._gather(rows)
+        if size is None or size == count:
+            batch = self._gather(rows, columns=columns)
+            if size is not None:
+                batch.mask = torch.ones(count, dtype=torch.bool, device=rows.device)
+            return batch
         padding = torch.arange(count, size, device=rows.device)
         mask = torch.arange(size, device=rows.device) < count
         batch = self._gather(torch.nn.functional.pad(rows, (0, size - count)), padding, mask)
@@ -274,18 +280,22 @@ class Samples:
         return batch
 
     def _gather(
-        self, rows: Tensor, padding: Tensor | None = None, mask: Tensor | None = None
+        self,
+        rows: Tensor,
+        padding: Tensor | None = None,
+        mask: Tensor | None = None,
+        columns: TableRows | None = None,
     ) -> Batch:
         """Gather the samples `rows`; `padding` are positions to blank, where `mask` is False."""
-        table = self._get_table()
-        date, instrument, *storage = table.indices(rows)
+        columns = columns or self.get_table().rows(rows)
+        date, instrument, *storage = columns.indices
         if len(storage) == 1:
             x = self.feature_pack.windows(storage[0], self.step_len)
         else:
             window_date, window_instrument = storage or (date, instrument)
             x = self.feature_pack.gather(window_date, window_instrument, self.step_len, self.fill)
         extra = {name: source.gather(date, instrument) for name, source in self.extras.items()}
-        y, raw_label, weight = table.values(rows)
+        y, raw_label, weight = columns.values
         if padding is not None:
             floats = [e for e in extra.values() if e.is_floating_point()]
             for filler, values in ((0.0, [x, weight, *floats]), (torch.nan, [y, raw_label])):
@@ -298,7 +308,7 @@ class Samples:
             x=x, date=date, instrument=instrument, y=y, weight=weight, mask=mask, extra=extra
         )
 
-    def _get_table(self) -> SampleTable:
+    def get_table(self) -> SampleTable:
         """Return the table of dates, instruments, window starts, labels and weights."""
         values = (self.target, self.raw_label, self.weight)
         if self._cached_table is None or not self._cached_table.has_values(values):
@@ -343,7 +353,7 @@ class Samples:
         result = self._copy_on_device(storage_device)
         result.store, result.device = store, device
         result._pack(storage_device)
-        result._get_table()  # here, because its first use would make a training step wait
+        result.get_table()  # here, because its first use would make a training step wait
         return result
 
     def send_to_device(self, batch: Batch) -> Batch:
@@ -653,22 +663,33 @@ class SampleTable:
         """Whether the table was built from exactly these value tensors."""
         return all(a is b for a, b in zip(self._values, values, strict=True))
 
-    def indices(self, rows: Tensor) -> Sequence[Tensor]:
-        """Gather each index tensor at `rows`, int64 `[B]`; the results are new memory."""
+    def rows(self, rows: Tensor) -> TableRows:
+        """Gather all columns at `rows`, int64 `[B]`; the results are new memory."""
+        indices: Sequence[Tensor]
         if self._index_matrix is not None:
-            return self._index_matrix.index_select(0, rows).unbind(1)
-        return [index.index_select(0, rows) for index in self._indices]
-
-    def values(self, rows: Tensor) -> list[Tensor | None]:
-        """Gather each value tensor at `rows`, as `[B]` or `[B, Q]`; None stays None.
-
-        The results are new memory.
-        """
+            indices = self._index_matrix.index_select(0, rows).unbind(1)
+        else:
+            indices = [index.index_select(0, rows) for index in self._indices]
         vectors = [None if v is None else v.index_select(0, rows) for v in self._vectors]
-        return [
+        values = [
             f.unsqueeze(1) if f is not None and v is not None and _single(v) else f
             for f, v in zip(vectors, self._values, strict=True)
         ]
+        return TableRows(indices, values)
+
+
+class TableRows(NamedTuple):
+    """Columns of a `SampleTable` at some rows: index tensors `[B]`, values `[B]` or `[B, Q]`."""
+
+    indices: Sequence[Tensor]
+    values: Sequence[Tensor | None]
+
+    def part(self, begin: int, end: int) -> TableRows:
+        """Return views of the rows from `begin` to `end`."""
+        return TableRows(
+            [index[begin:end] for index in self.indices],
+            [None if value is None else value[begin:end] for value in self.values],
+        )
 
 
 def _largest(dtype: torch.dtype) -> float | None:

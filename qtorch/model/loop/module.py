@@ -275,13 +275,14 @@ class ScoreModule(pl.LightningModule):
 
     def _train_batches(self, steps: StepBatches | SingleStep) -> Tensor | None:
         """Train on the batches of a step; return the loss of the last one."""
-        accumulator, weight_update, loss = self.accumulator, self.weight_update, None
+        accumulator, weight_update, loss, divisor = self.accumulator, self.weight_update, None, 1
         weight_update.begin(is_pretraining=self.is_pretraining)
         for batch in steps:
             total, weight = self.training_sums(batch)
-            loss = self._rank_loss(total, weight, batch)
+            loss, divisor = self._loss_and_divisor(total, weight, batch)
             is_updated = weight_update.add(
                 loss,
+                divisor=divisor,
                 is_epoch_end=steps.is_epoch_end,
                 compute_again=partial(self._batch_loss, batch),
             )
@@ -292,10 +293,18 @@ class ScoreModule(pl.LightningModule):
                 break
             if self.is_stop_requested() and not steps.is_last:
                 break
-        return None if loss is None else loss.detach()
+        return None if loss is None else loss.detach() / divisor
 
     def _batch_loss(self, batch: Batch) -> Tensor:
         return self._rank_loss(*self.training_sums(batch), batch)
+
+    def _loss_and_divisor(
+        self, total: Tensor, weight: Tensor | int, batch: Batch
+    ) -> tuple[Tensor, int]:
+        """Return a batch's loss, and a number by which it is still to be divided."""
+        if self.ranks.size == 1 and isinstance(weight, int) and weight:
+            return total, weight
+        return self._rank_loss(total, weight, batch), 1
 
     def _rank_loss(self, total: Tensor, weight: Tensor | int, batch: Batch) -> Tensor:
         """Return the batch's mean loss; on several ranks, this rank's part of it.

@@ -24,6 +24,8 @@ from qtorch.model.loop.schedules import SchedulerPlan
 
 log = logging.getLogger(__name__)
 
+MAX_GRADIENTS = 64  # of losses, one for each batch size
+
 # Callback hooks that Lightning calls between a batch's backward pass and its optimizer step.
 STEP_HOOKS = (
     "on_before_backward",
@@ -57,7 +59,7 @@ class WeightUpdate:
         self.num_pending = 0
         self._closure_losses: list[Callable[[], Tensor]] = []  # of the pending batches
         self._loss_value = torch.zeros(())
-        self._loss_gradient: Tensor | None = None
+        self._loss_gradients: dict[tuple[torch.dtype, int], Tensor] = {}  # by divisor
         self._has_warned = False
         # The scheduler's metric, until it has judged it.
         self.monitored_value: float | None = None
@@ -78,13 +80,22 @@ class WeightUpdate:
         self.is_pretraining = is_pretraining
         self.max_steps: int = module.trainer.max_steps
 
-    def add(self, loss: Tensor, *, is_epoch_end: bool, compute_again: Callable[[], Tensor]) -> bool:
+    def add(
+        self,
+        loss: Tensor,
+        *,
+        divisor: int,
+        is_epoch_end: bool,
+        compute_again: Callable[[], Tensor],
+    ) -> bool:
         """Run backward on a batch's mean loss; return whether the weights were updated.
 
-        `compute_again` computes the same loss with the current weights. An update, every
-        `accumulate` batches, also steps a scheduler with the interval "step".
+        The mean loss is `loss / divisor`; `compute_again` computes it with the current weights. An
+        update, every `accumulate` batches, also steps a scheduler with the interval "step".
         """
-        self._backward(loss if self.accumulate == 1 else loss / self.accumulate)
+        if self.accumulate > 1 or self.uses_closure or not self.bypass_hooks:
+            loss, divisor = loss / divisor, 1
+        self._backward(loss if self.accumulate == 1 else loss / self.accumulate, divisor)
         self.num_pending += 1
         if self.uses_closure:
             self._closure_losses.append(compute_again)
@@ -135,12 +146,9 @@ class WeightUpdate:
         """Return the learning rate of each member, of the first parameter group."""
         return [float(self.module.trainer.optimizers[0].param_groups[0]["lr"])]
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor, divisor: int = 1) -> None:
         if self.bypass_hooks:
-            # The gradient of the loss itself, which torch would fill with one again each time.
-            if self._loss_gradient is None or self._loss_gradient.dtype != loss.dtype:
-                self._loss_gradient = torch.ones_like(loss)
-            backward = partial(loss.backward, self._loss_gradient)
+            backward = partial(loss.backward, self._loss_gradient(loss, divisor))
         else:
             backward = partial(self.module.manual_backward, loss)
         if not self.is_autocast:
@@ -149,6 +157,18 @@ class WeightUpdate:
         # Lightning's autocast context spans the whole training_step, backward should not run in it.
         with torch.autocast(self.module.device.type, enabled=False):
             backward()
+
+    def _loss_gradient(self, loss: Tensor, divisor: int) -> Tensor:
+        """Return the gradient of `loss / divisor` by the loss, which is the same in most steps.
+
+        torch would compute it each time, and the division itself, which nobody reads.
+        """
+        key = loss.dtype, divisor
+        if key not in self._loss_gradients:
+            if len(self._loss_gradients) == MAX_GRADIENTS:
+                self._loss_gradients.clear()
+            self._loss_gradients[key] = torch.ones_like(loss) / divisor
+        return self._loss_gradients[key]
 
     def _update_weights(self) -> None:
         optimizer = self.optimizer.optimizer

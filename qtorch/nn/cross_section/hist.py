@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtorch.nn.cross_section.layers import (
-    cosine_similarities,
     newest_states,
     own_similarities,
+    similarity_and_lengths,
+    similarity_gradients,
 )
 from qtorch.nn.network import Network
 from qtorch.nn.recurrent import recurrent_layers
@@ -86,8 +87,7 @@ def _concept_states(state: Tensor, concept: Tensor) -> Tensor:
     `state [G, N, H]`, `concept [G, N, K]` 0 or 1.
     """
     num_members = concept.sum(1, keepdim=True)  # [G, 1, K]
-    share = concept / (num_members + 1)
-    return _attend_to_concepts(state, share.transpose(-1, -2) @ state, num_members == 0)
+    return _attend_to_concepts(state, concept / (num_members + 1), num_members == 0)
 
 
 def _hidden_concept_states(state: Tensor, mask: Tensor) -> Tensor:
@@ -103,20 +103,56 @@ def _hidden_concept_states(state: Tensor, mask: Tensor) -> Tensor:
     # diagonal is its maximum then.
     tiny = torch.finfo(similarity.dtype).tiny
     concept = similarity.detach().masked_fill(is_self, tiny).argmax(-1, keepdim=True)  # [G, N, 1]
-    is_outside = (concept != index) | is_self  # [G, N, N], concepts last
-    is_empty = is_outside.all(1, keepdim=True)  # [G, 1, N]
-    is_outside = is_outside & (is_empty | ~is_self)  # ONNX has no `where` of bools
-    member = similarity.masked_fill(is_outside, 0.0)
-    return _attend_to_concepts(state, member.transpose(-1, -2) @ state, is_empty)
+    is_member = (concept == index) | is_self  # [G, N, N], concepts last
+    is_empty = is_member.sum(1, keepdim=True) < 2  # [G, 1, N]; no member but itself
+    member = similarity.masked_fill(~is_member | is_empty, 0.0)
+    return _attend_to_concepts(state, member, is_empty)
 
 
-def _attend_to_concepts(state: Tensor, concept: Tensor, is_empty: Tensor) -> Tensor:
-    """Attend from instruments `state [G, N, H]` to concepts `[G, K, H]` by cosine similarity.
+def _attend_to_concepts(state: Tensor, member: Tensor, is_empty: Tensor) -> Tensor:
+    """Attend from instruments `state [G, N, H]` to K concepts by cosine similarity.
 
-    `is_empty [G, 1, K]` masks concepts out. Their state is zero, and so is the result if all are
-    empty.
+    A concept's state is the sum of the instruments' with their weights `member [G, N, K]`.
+    `is_empty [G, 1, K]` masks concepts out. Their weights are zero, and so is the result if all
+    are empty.
     """
-    similarity = cosine_similarities(state, concept)
-    lowest = torch.finfo(similarity.dtype).min
-    share = torch.softmax(similarity.masked_fill(is_empty, lowest), -1)
-    return share.to(concept.dtype) @ concept
+    with torch.autocast(state.device.type, enabled=False):
+        precision = torch.promote_types(state.dtype, torch.float32)
+        return _ConceptAttention.apply(state.to(precision), member.to(precision), is_empty)[0]  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+class _ConceptAttention(torch.autograd.Function):
+    """`_attend_to_concepts`, with half the operations that the gradients of its parts need."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(state: Tensor, member: Tensor, is_empty: Tensor) -> tuple[Tensor, ...]:
+        concept = member.transpose(-1, -2) @ state  # [G, K, H]
+        similarity, lengths = similarity_and_lengths(state, concept)
+        lowest = torch.finfo(similarity.dtype).min
+        share = torch.softmax(similarity.masked_fill(is_empty, lowest), -1)
+        return share @ concept, concept, share, similarity, *lengths
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:2], *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return None, None, None
+        state, member, concept, share, *similarity = ctx.saved_tensors
+        # The share of an empty concept is zero: its similarity has no gradient.
+        to_similarity = torch._softmax_backward_data(
+            gradient @ concept.transpose(-1, -2), share, -1, share.dtype
+        )
+        to_state, to_concept = similarity_gradients(
+            to_similarity, state, concept, *similarity,
+            y_gradient=share.transpose(-1, -2) @ gradient,
+        )  # fmt: skip
+        to_state = torch.baddbmm(to_state, member, to_concept)
+        to_member = state @ to_concept.transpose(-1, -2) if ctx.needs_input_grad[1] else None
+        return to_state, to_member, None

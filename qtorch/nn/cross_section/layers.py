@@ -44,10 +44,8 @@ class _CosineSimilarities(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        x_length, y_length = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, y))
-        product_of_lengths = x_length @ y_length.transpose(-1, -2) + 1e-6
-        cosine = x @ y.transpose(-1, -2) / product_of_lengths
-        return cosine, x_length, y_length, product_of_lengths
+        cosine, lengths = similarity_and_lengths(x, y)
+        return cosine, *lengths
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
@@ -59,22 +57,40 @@ class _CosineSimilarities(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if gradient is None:
             return None, None
-        precision = ctx.saved_tensors[3].dtype  # in mixed precision the others may have less
-        x, y, cosine, x_length, y_length, product_of_lengths = (
-            t.to(precision) for t in ctx.saved_tensors
-        )
-        to_product = gradient.to(precision) / product_of_lengths
-        to_lengths = to_product * cosine  # with the other sign
-        x_gradient = torch.addcmul(
-            to_product @ y, (to_lengths @ y_length) / _positive(x_length), x, value=-1
-        )
-        y_gradient = torch.addcmul(
-            to_product.transpose(-1, -2) @ x,
-            (to_lengths.transpose(-1, -2) @ x_length) / _positive(y_length),
-            y,
-            value=-1,
-        )
-        return x_gradient.to(ctx.saved_tensors[0].dtype), y_gradient.to(ctx.saved_tensors[1].dtype)
+        precision = ctx.saved_tensors[-1].dtype  # in mixed precision the others may have less
+        tensors = (t.to(precision) for t in ctx.saved_tensors)
+        gradients = similarity_gradients(gradient.to(precision), *tensors)
+        return tuple(g.to(t.dtype) for g, t in zip(gradients, ctx.saved_tensors, strict=False))
+
+
+def similarity_and_lengths(x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the cosines `[..., N, K]` as `cosine_similarities`, and what their gradients need.
+
+    That is the lengths of `x` and `y`, and what their product was divided by.
+    """
+    x_length, y_length = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, y))
+    product_of_lengths = x_length @ y_length.transpose(-1, -2) + 1e-6
+    cosine = x @ y.transpose(-1, -2) / product_of_lengths
+    return cosine, (x_length, y_length, product_of_lengths)
+
+
+def similarity_gradients(
+    gradient: Tensor, x: Tensor, y: Tensor, cosine: Tensor, x_length: Tensor, y_length: Tensor,
+    product_of_lengths: Tensor, *, y_gradient: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of `x` and `y` for that of their cosines.
+
+    `y_gradient` is a gradient of `y` from elsewhere, to which this one is added.
+    """
+    to_product = gradient / product_of_lengths
+    to_lengths = to_product * cosine  # with the other sign
+    x_gradient = torch.addcmul(
+        to_product @ y, (to_lengths @ y_length) / _positive(x_length), x, value=-1
+    )
+    to_y = to_product.transpose(-1, -2)
+    y_gradient = to_y @ x if y_gradient is None else torch.baddbmm(y_gradient, to_y, x)
+    y_factor = (to_lengths.transpose(-1, -2) @ x_length) / _positive(y_length)
+    return x_gradient, torch.addcmul(y_gradient, y_factor, y, value=-1)
 
 
 class _OwnSimilarities(torch.autograd.Function):

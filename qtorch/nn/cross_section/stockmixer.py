@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,10 @@ class StockMixer(Network):
         own = self.channel_fc(scales).squeeze(-1).unflatten(0, x.shape[:2])  # [G, N, L]
         own = self.dropout(own)
         market = self.stock_mixer(own, mask, instrument)
-        output = self.time_fc(own) + self.time_fc_(market)
+        # One product for both layers.
+        weight = torch.cat((self.time_fc.weight, self.time_fc_.weight), 1)
+        bias = self.time_fc.bias + self.time_fc_.bias
+        output = F.linear(torch.cat((own, market), -1), weight, bias)
         if self.price_head:
             close = x[:, :, -1, self.close_index, None]
             has_close = close != 0
@@ -99,13 +102,12 @@ class TimeMixer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        over_time = self.over_time(self.LN_1(x).transpose(1, 2)).transpose(1, 2)
-        x = self.LN_2(over_time + x)
+        x = self.LN_2(self.over_time(self.LN_1(x)) + x)
         return x + self.over_channels(x)
 
 
 class CausalLinear(nn.Module):
-    """A linear layer over the last axis in which each step depends on no later step."""
+    """A linear layer over the steps of `[B, T, F]` in which each step depends on no later step."""
 
     causal_mask: Tensor
 
@@ -117,8 +119,9 @@ class CausalLinear(nn.Module):
         self.bias = nn.Parameter((2 * torch.rand(steps) - 1) * limit[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
-        # Contiguous: then product and bias are one operation.
-        return F.linear(x.contiguous(), self.weight * self.causal_mask, self.bias)
+        # From the left: a linear layer over the last axis would need copies of x and its result.
+        weight = (self.weight * self.causal_mask).expand(x.shape[0], -1, -1)
+        return torch.baddbmm(self.bias[:, None], weight, x)
 
 
 class InstrumentMixer(nn.Module):
@@ -132,29 +135,96 @@ class InstrumentMixer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, instrument: Tensor) -> Tensor:
         """Map `x [G, N, L]`, `mask [G, N]`, `instrument [G, N]` to `[G, N, L]`."""
-        is_present = mask[..., None]
-        with torch.autocast(x.device.type, enabled=False):
-            x = self._normalize(
-                x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, mask
-            )
         # One look-up for all weights, as of embeddings: its gradient is a single operation, whose
         # result on a GPU is always the same.
-        vectors = [v[:, None] for v in (self.norm.weight, self.norm.bias, self.dense2.bias)]
-        table = torch.cat((*vectors, self.dense1.weight.t(), self.dense2.weight), 1)
+        weights = _InstrumentWeights.apply(  # type: ignore[no-untyped-call]  # untyped in torch
+            instrument, mask, self.dense1.weight, self.norm.weight, self.norm.bias,
+            self.dense2.bias, self.dense2.weight,
+        )  # fmt: skip
         num_states = self.dense2.in_features
-        scale, shift, dense2_bias, to_market, from_market = torch.split(
-            F.embedding(instrument, table), [1, 1, 1, num_states, num_states], -1
+        to_market, scale, shift, dense2_bias, from_market = torch.split(
+            weights, [num_states, 1, 1, 1, num_states], -1
         )  # [G, N, 1 or K]
-        x = torch.addcmul(shift, x, scale)
-        states = torch.baddbmm(
-            self.dense1.bias, (x * is_present).transpose(1, 2), to_market
-        )  # [G, L, K]
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            share = mask / mask.sum(1, keepdim=True, dtype=x.dtype).clamp(min=1)
+            x = _DayNorm.apply(x, mask, share, scale, shift, self.norm.eps)[0]  # type: ignore[no-untyped-call]  # untyped in torch
+        states = torch.baddbmm(self.dense1.bias, x.transpose(1, 2), to_market)  # [G, L, K]
         return torch.baddbmm(
             dense2_bias, from_market, F.hardswish(states).transpose(1, 2)
         )  # [G, N, L]
 
-    def _normalize(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Return `x [G, N, L]` with mean 0 and variance 1 over each day's instruments."""
-        share = (mask / mask.sum(1, keepdim=True, dtype=x.dtype).clamp(min=1))[:, None]
+
+class _InstrumentWeights(torch.autograd.Function):
+    """The weights `[G, N, C]` of `instrument [G, N]`, zero where `mask [G, N]` is False.
+
+    Joins those to the K market states `[K, I]`, three vectors `[I]`, and those from the states
+    `[I, K]`, of all I instruments. Its gradient has the memory that most weights have, so that
+    they need no copy of their part.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(instrument: Tensor, mask: Tensor, *parts: Tensor) -> Tensor:
+        to_market, *vectors, from_market = parts
+        table = torch.cat((to_market.t(), *(v[:, None] for v in vectors), from_market), 1)
+        return F.embedding(instrument, table) * mask[..., None]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        instrument, mask, _, _, _, _, from_market = inputs
+        ctx.num_instruments, ctx.num_states = from_market.shape
+        ctx.save_for_backward(instrument, mask)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        instrument, mask = ctx.saved_tensors
+        table_gradient = torch.ops.aten.embedding_dense_backward(
+            gradient * mask[..., None], instrument, ctx.num_instruments, -1, False
+        )  # [I, C]
+        num_states = ctx.num_states
+        rows, from_market = torch.split(table_gradient, [num_states + 3, num_states], -1)
+        rows = rows.t().contiguous()  # [K + 3, I]
+        return None, None, rows[:num_states], *rows[num_states:].unbind(0), from_market
+
+
+class _DayNorm(torch.autograd.Function):
+    """Normalize `x [G, N, L]` over each day's instruments, then scale and shift it.
+
+    `share [G, N]` are the weights of the mean, zero where `mask [G, N]` is False; `scale` and
+    `shift` `[G, N, 1]` are zero there. Returns the result, and what the gradient needs, which takes
+    half as many operations as the gradients of its parts.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, mask: Tensor, share: Tensor, scale: Tensor, shift: Tensor, eps: float
+    ) -> tuple[Tensor, ...]:
+        share = share[:, None]
         x = (x - share @ x) * mask[..., None]
-        return x * (share @ x.square() + self.norm.eps).rsqrt()
+        factor = (share @ x.square() + eps).rsqrt()  # [G, 1, L]
+        normal = x * factor
+        return torch.addcmul(shift, normal, scale), normal, factor
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        _, _, share, scale, _, _ = inputs
+        ctx.save_for_backward(share, scale, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return (None,) * 6
+        share, scale, normal, factor = ctx.saved_tensors
+        to_scale = gradient * normal
+        by_instrument = scale.transpose(1, 2)  # [G, 1, N]
+        # What the mean and the variance of the day pass on to its instruments.
+        passed_on = torch.addcmul(by_instrument @ gradient, normal, by_instrument @ to_scale)
+        x_gradient = torch.addcmul(gradient * scale, share[..., None], passed_on, value=-1) * factor
+        scale_gradient, shift_gradient = (g.sum(-1, keepdim=True) for g in (to_scale, gradient))
+        return x_gradient, None, None, scale_gradient, shift_gradient, None

@@ -119,20 +119,23 @@ def _iterate_steps(
     """
     count, hidden, frequencies = inputs.shape[0], bias.shape[0], waves.shape[-1]
     state = inputs.new_zeros(count, hidden)
-    # Real and imaginary parts in one tensor: half as many operations.
-    memory = inputs.new_zeros(count, hidden, 2, frequencies)
     row_bias = bias.expand(count, hidden).flatten()
+    memory: Tensor | None = None
     for step_inputs, wave in zip(inputs.unbind(1), waves.unbind(0), strict=True):
         before = state if state_mask is None else state * state_mask
-        parts = torch.addmm(step_inputs, before, recur)
+        parts = step_inputs if memory is None else torch.addmm(step_inputs, before, recur)
         sums, candidate = torch.split(parts, [3 * hidden + frequencies, hidden], -1)
         i, state_gate, o, frequency_gate = torch.split(
             F.hardsigmoid(sums), [hidden, hidden, hidden, frequencies], -1
         )
         candidate = torch.tanh(candidate)
         retention = state_gate[:, :, None] * frequency_gate[:, None]
-        memory = torch.addcmul(
-            retention[:, :, None] * memory, (i * candidate)[..., None, None], wave
+        # Real and imaginary parts in one tensor: half as many operations.
+        added = (i * candidate)[..., None, None]
+        memory = (
+            added * wave
+            if memory is None
+            else torch.addcmul(retention[:, :, None] * memory, added, wave)
         )
         power = torch.addmv(row_bias, memory.square().view(-1, 2 * frequencies), amplitude)
         output = torch.tanh(power.view(count, hidden))
@@ -173,48 +176,73 @@ class _Recurrence(torch.autograd.Function):
         steps = [tensors[k::NUM_STEP_TENSORS] for k in range(NUM_STEP_TENSORS)]
         before, sums, candidates, retentions, memories, outputs = steps
         hidden, frequencies = recur.shape[0], waves.shape[-1]
-        # Slopes of all steps: of the power by the state, and of the parts by what they multiply.
+        # Slopes of all steps: of the state by the power, and of what the parts multiply by them.
+        # The slope of the power by the memory has the same factor at all steps. It is not part of
+        # the memory's gradient, but of all that multiplies that. The gradients of the frequencies'
+        # gates are summed over real and imaginary part at last.
+        factor = 2 * amplitude  # [2 * K]
         all_sums, candidate, output = (torch.stack(s) for s in (sums, candidates, outputs))
         gates = F.hardsigmoid(all_sums)
         i, state_gates, o, frequency_gates = torch.split(
             gates, [hidden, hidden, hidden, frequencies], -1
         )
         is_linear = ((all_sums > -3) & (all_sums < 3)).to(gates.dtype) / 6
-        factors = torch.cat(
-            (candidate, torch.ones_like(i), output, torch.ones_like(frequency_gates)), -1
+        linear, linear_frequency = torch.split(is_linear, [3 * hidden, frequencies], -1)
+        slopes = torch.cat(
+            (
+                linear * torch.cat((candidate, torch.ones_like(i), output), -1),
+                linear_frequency.repeat(1, 1, 2) * factor,
+                i * (1 - candidate.square()),
+            ),
+            -1,
+        )  # [T, B, 4H + 2K]
+        power_slopes = o * (1 - output.square())  # [T, B, H]
+        state_gate_rows = state_gates[:, :, None]  # [T, B, 1, H]
+        frequency_gate_columns = (frequency_gates.repeat(1, 1, 2) * factor)[..., None]
+        wave_columns = waves.flatten(1) * factor  # [T, 2 * K]
+        recur_gates, recur_frequency, recur_candidate = torch.split(
+            recur, [3 * hidden, frequencies, hidden], -1
         )
-        slopes = torch.cat((is_linear * factors, i * (1 - candidate.square())), -1).unbind(0)
-        power_slopes = (o * (1 - output.square())).unbind(0)
-        double_amplitude = (2 * amplitude).view(2, frequencies)
+        recur_columns = torch.cat(
+            (recur_gates, recur_frequency, recur_frequency, recur_candidate), -1
+        ).t()
         memory_gradient: Tensor | None = None
         part_gradients, power_gradients = [], []
         for t in reversed(range(len(before))):
+            memory = memories[t].flatten(-2)
             power_gradient = gradient * power_slopes[t]  # [B, H]
-            direct = power_gradient[..., None, None] * double_amplitude
+            power_gradients.append(power_gradient)
             memory_gradient = (
-                direct * memories[t]
+                power_gradient[..., None] * memory
                 if memory_gradient is None
-                else torch.addcmul(memory_gradient, direct, memories[t])
-            )
-            rows = memory_gradient.view(-1, 2 * frequencies)
-            to_candidate = (rows @ waves[t].flatten()).view_as(gradient)
+                else torch.addcmul(memory_gradient, power_gradient[..., None], memory)
+            )  # [B, H, 2 * K]
+            to_candidate = memory_gradient @ wave_columns[t]
             if t:
-                to_retention = (memory_gradient * memories[t - 1]).sum(2)  # [B, H, K]
-                to_state_gate = (to_retention @ frequency_gates[t][..., None]).squeeze(-1)
-                to_frequency_gate = (state_gates[t][:, None] @ to_retention).squeeze(1)
-                memory_gradient = memory_gradient * retentions[t][:, :, None]
+                to_gates = memory_gradient * memories[t - 1].flatten(-2)
+                to_state_gate = (to_gates @ frequency_gate_columns[t]).squeeze(-1)
+                to_frequency_gate = (state_gate_rows[t] @ to_gates).squeeze(-2)  # [B, 2 * K]
             else:  # the memory was empty
-                to_state_gate = torch.zeros_like(gradient)
-                to_frequency_gate = torch.zeros_like(frequency_gates[0])
+                to_state_gate, to_frequency_gate = torch.split(
+                    gradient.new_zeros(len(gradient), hidden + 2 * frequencies),
+                    [hidden, 2 * frequencies],
+                    -1,
+                )
             part_gradient = slopes[t] * torch.cat(
                 (to_candidate, to_state_gate, gradient, to_frequency_gate, to_candidate), -1
             )
             part_gradients.append(part_gradient)
-            power_gradients.append(power_gradient)
             if t:
-                gradient = part_gradient @ recur.t()
+                gradient = part_gradient @ recur_columns
                 gradient = gradient if state_mask is None else gradient * state_mask
-        parts_gradient = torch.stack(part_gradients[::-1], 1)  # [B, T, 4H + K]
+                memory_gradient = memory_gradient.unflatten(-1, (2, frequencies))
+                memory_gradient = (memory_gradient * retentions[t][:, :, None]).flatten(-2)
+        gates_gradient, real, imaginary, candidate_gradient = torch.split(
+            torch.stack(part_gradients[::-1], 1), [3 * hidden, frequencies, frequencies, hidden], -1
+        )
+        parts_gradient = torch.cat(
+            (gates_gradient, real + imaginary, candidate_gradient), -1
+        )  # [B, T, 4H + K]
         states = torch.stack(before, 1)
         recur_gradient = states.flatten(0, 1).t() @ parts_gradient.flatten(0, 1)
         power_gradient = torch.stack(power_gradients[::-1])  # [T, B, H]

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.batch import Batch
-from qtorch.data.dataset.batches import ORDERS, BatchLoader
-from qtorch.data.dataset.samples import Samples, build_samples
+from qtorch.data.dataset.batches import ORDERS, BatchLoader, SampleOrder
+from qtorch.data.dataset.samples import Samples, SampleTable, build_samples
 from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.panel.panel import Panel
 from qtorch.data.panel.view import View
@@ -163,6 +163,30 @@ def test_the_host_store_prefetches_the_same_batches():
     assert cells == expected_cells
 
 
+def test_labels_are_gathered_ahead_for_several_batches(monkeypatch):
+    samples = make_samples()
+    loader = BatchLoader(samples, batch_size=6, seed=1)
+    order = loader.epoch_order(0)
+    gathered: list[int] = []
+    rows = SampleTable.rows
+    monkeypatch.setattr(
+        SampleTable, "rows", lambda self, at: gathered.append(len(at)) or rows(self, at)
+    )
+    monkeypatch.setattr(SampleOrder, "NUM_ROWS_AHEAD", 15)
+    batches = loader.batches(0)
+    first = [next(batches) for _ in range(3)]
+    assert gathered == [15, 15]  # the third batch begins in the first part and ends after it
+    assert samples.target is not None
+    samples.target = samples.target + 1  # as a training step may do
+    places = torch.split(order, 6)
+    for number, batch in enumerate([*first, *batches]):
+        expected = samples.batch(places[number])
+        if number < 3:
+            expected.y -= 1
+        for tensor, expected_tensor in zip(batch.tensors(), expected.tensors(), strict=True):
+            torch.testing.assert_close(tensor, expected_tensor, equal_nan=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("order", ["random", "day", "sequential"])
 def test_batches_of_host_memory_are_copied_ahead_of_their_use(order):
@@ -172,7 +196,9 @@ def test_batches_of_host_memory_are_copied_ahead_of_their_use(order):
     host = samples.to("cuda", store="host")
     gathered: list[int] = []
     gather = host._gather
-    host._gather = lambda *args: gathered.append(len(gathered)) or gather(*args)  # type: ignore[method-assign]
+    host._gather = lambda *args, **options: (
+        gathered.append(len(gathered)) or gather(*args, **options)
+    )  # type: ignore[method-assign]
     torch.cuda.set_sync_debug_mode("error")
     batches = []
     try:
@@ -190,6 +216,30 @@ def test_batches_of_host_memory_are_copied_ahead_of_their_use(order):
                 tensor.cpu(), expected_tensor * 1, rtol=0, atol=0, equal_nan=True
             )
         assert batch.num_samples == other.num_samples
+
+
+@pytest.mark.gpu
+def test_pinned_memory_is_used_again_after_its_copies(monkeypatch):
+    """Two sets of it for a whole epoch; a third one rather than a wait for a copy."""
+    pinned: list[int] = []
+    pin = torch.Tensor.pin_memory
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda self: pinned.append(self.nbytes) or pin(self)
+    )
+    stream = CopyStream(torch.device("cuda", 0))
+    previous = stream.send([torch.zeros(4)])
+    results = []
+    for number in range(1, 6):
+        pending = stream.send([torch.full((4 - number // 3,), float(number))])
+        results.append(previous.receive()[0] * 1)
+        # A real copy is quick, but not certain to be done.
+        if not stream._used_memory[0][0].query():
+            torch.cuda.synchronize()
+        previous = pending
+    assert [result.tolist()[0] for result in results] == [0, 1, 2, 3, 4]
+    assert pinned in ([16], [16, 16])
+    waiting = [stream.send([torch.full((4,), float(number))]) for number in range(3)]
+    assert [pending.receive()[0].tolist()[0] for pending in waiting] == [0, 1, 2]
 
 
 @pytest.mark.gpu
