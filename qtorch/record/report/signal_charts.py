@@ -49,8 +49,13 @@ def ic_chart(ic: pd.Series, rank_ic: pd.Series) -> Figure:
         from matplotlib.figure import Figure
 
     ic, rank_ic = ic.dropna(), rank_ic.dropna()
-    figure = Figure(figsize=(11, 7), layout="constrained", facecolor="white")
-    axes = figure.subplot_mosaic([["day", "day"], ["sum", "histogram"]])
+    figure = Figure(figsize=(11, 7), facecolor="white")
+    # Places of the axes in a figure of this size: a layout engine draws all text once more.
+    places = {"left": 0.06, "right": 0.99, "bottom": 0.075, "top": 0.86}
+    axes = figure.subplot_mosaic(
+        [["day", "day"], ["sum", "histogram"]],
+        gridspec_kw={**places, "hspace": 0.42, "wspace": 0.16},
+    )
     span = f", {ic.index[0]:%Y-%m-%d} to {ic.index[-1]:%Y-%m-%d}" if len(ic) else ""
     title = f"Information coefficient by day{span}"
     figure.suptitle(title, color=INK, fontsize=13, x=0.01, ha="left")
