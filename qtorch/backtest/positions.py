@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
+import torch
 
 from qtorch.core.dates import as_stamp
-from qtorch.core.errors import ConfigError, check_name
+from qtorch.core.errors import ConfigError, LoadObjectError, check_name
+from qtorch.core.serial import State
+from qtorch.core.trust import trust_subclasses
 
 CASH, DELAYED_CASH, ACCOUNT = "cash", "cash_delay", "now_account_value"
 DAY = "day"
+COLUMNS, MONEY = ("amount", "price", "count", "weight"), ("cash", "account", "value")
+FORMAT = 1  # of the stored positions
 _ROUNDING = 1e-9  # of the account: less is no delayed cash
 
 
@@ -97,23 +102,26 @@ class Position:
         return {n: h["amount"] * h["price"] / total for n, h in self._holdings().items()}
 
 
+@trust_subclasses
 class Positions(Mapping[pd.Timestamp, Position]):
     """The Position of each bar, by its time stamp. Corresponds to Qlib's `positions_normal`.
 
     `frame` are the positions of one member by (datetime, instrument), as of
-    `BacktestResult.positions` and `positions_normal_1day.pkl`; `report` has the cash and the
-    account of all bars, as `BacktestResult.report` and `report_normal_1day.pkl`. Dates may be text.
+    `BacktestResult.positions`; `report` has the cash and the account of all bars, as
+    `BacktestResult.report` and `report_normal_1day.pkl`. Dates may be text. A run stores the object
+    as `positions_normal_1day.pkl`, without pickle.
     """
 
     def __init__(self, frame: pd.DataFrame, report: pd.DataFrame) -> None:
-        missing = {"amount", "price", "count", "weight"} - set(frame.columns)
-        if frame.index.nlevels != 2 or missing or not {CASH, "account", "value"} <= set(report):
+        missing = set(COLUMNS) - set(frame.columns)
+        if frame.index.nlevels != 2 or missing or not set(MONEY) <= set(report):
             raise ConfigError(
                 "Positions needs the positions and the report of one member (result[name] of a "
                 f"backtest with several): got columns {list(frame.columns)[:8]} by "
                 f"{list(frame.index.names)}, and {list(report.columns)[:8]}."
             )
         self.frame = frame
+        self._money = report[list(MONEY)]
         self._cash: pd.Series = report[CASH]
         delayed = report["account"] - report["value"] - report[CASH]
         self._delayed = delayed.where(delayed > _ROUNDING * report["account"], 0.0)
@@ -143,3 +151,47 @@ class Positions(Mapping[pd.Timestamp, Position]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} bars, {len(self.frame)} positions)"
+
+    def to_state(self) -> State:
+        """Return the positions and the money of all bars as names and tensors."""
+        index: Any = self.frame.index
+        bars = pd.DatetimeIndex(self._money.index)
+        config = {
+            "format": FORMAT,
+            "instruments": [str(name) for name in index.levels[1]],
+            "names": list(index.names),
+            "unit": bars.unit,
+        }
+        tensors = {
+            "bars": _stamps_tensor(bars),
+            "datetime": _stamps_tensor(index.get_level_values(0)),
+            "instrument": torch.tensor(index.codes[1].astype("int64")),
+            **{name: torch.tensor(self.frame[name].to_numpy()) for name in COLUMNS},
+            **{f"bar.{name}": torch.tensor(self._money[name].to_numpy()) for name in MONEY},
+        }
+        return State(config, tensors)
+
+    @classmethod
+    def from_state(cls, state: State) -> Self:
+        """Build the positions of a stored state; LoadObjectError for a newer format."""
+        config = state.config
+        if config["format"] > FORMAT:
+            raise LoadObjectError(
+                f"the positions were stored in format {config['format']} by a newer qtorch; this "
+                f"one reads formats up to {FORMAT}. Update qtorch."
+            )
+        values = {name: tensor.numpy() for name, tensor in state.tensors.items()}
+        stamps, bars = (
+            pd.DatetimeIndex(values[name].view("datetime64[ns]")).as_unit(config["unit"])
+            for name in ("datetime", "bars")
+        )
+        instruments = pd.Index(config["instruments"]).take(values["instrument"])
+        index = pd.MultiIndex.from_arrays([stamps, instruments], names=config["names"])
+        frame = pd.DataFrame({name: values[name] for name in COLUMNS}, index=index)
+        money = {name: values[f"bar.{name}"] for name in MONEY}
+        return cls(frame, pd.DataFrame(money, index=bars.rename(config["names"][0])))
+
+
+def _stamps_tensor(stamps: pd.Index) -> torch.Tensor:
+    """Return time stamps as nanoseconds since 1970, `[K]` int64."""
+    return torch.tensor(pd.DatetimeIndex(stamps).as_unit("ns").asi8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -12,6 +13,7 @@ import pandas as pd
 from qtorch.backtest.account import Account, Fills, Orders, is_close
 from qtorch.backtest.exchange import Exchange
 from qtorch.backtest.market import Market
+from qtorch.backtest.positions import Position
 from qtorch.backtest.quotes import Bools, Floats, Indices
 from qtorch.backtest.scores import score_frame
 from qtorch.core.configured import Configured
@@ -406,6 +408,9 @@ _NO_PLACES = _Places(*(np.zeros(0, dtype=np.intp) for _ in range(3)))
 class WeightStrategyBase(Strategy):
     """Base class of strategies that trade towards target weights; subclasses compute the weights.
 
+    They do so in `target_weights` for all members at once, or in Qlib's
+    `generate_target_weight_position` for one account.
+
     The scores may also be a table with one row per date and one column per instrument. Amounts are
     computed from the account's value and the closes of the previous bar, so all that the orders
     know of their own bar is which instruments can be traded. Corresponds to Qlib's
@@ -420,12 +425,48 @@ class WeightStrategyBase(Strategy):
             signal = table.stack().rename("weight")
         return None if signal is None else score_frame(signal)
 
-    @abstractmethod
     def target_weights(self, context: StepContext) -> Floats:
         """Return the target weights `[M, N]` as fractions of the account times `risk_degree`.
 
-        A member whose row is all NaN does not trade.
+        A member whose row is all NaN does not trade. By default the weights are those of
+        `generate_target_weight_position`, for each member that has a score.
         """
+        weights = np.full(context.account.amount.shape, np.nan)
+        date = context.date
+        is_daily = date == date.normalize()
+        end = date + pd.Timedelta(days=1, seconds=-1) if is_daily else date
+        for k, member_scores in enumerate([] if context.score is None else context.score):
+            score = pd.Series(member_scores, context.instruments, name="score").dropna()
+            if score.empty:
+                continue
+            targets = self.generate_target_weight_position(
+                score=score,
+                current=_read_position(context, k),
+                trade_start_time=date,
+                trade_end_time=end,
+            )
+            weights[k] = 0.0
+            for name, weight in targets.items():
+                check_name("instrument of a target weight", name, context.instruments)
+                weights[k, context.instruments.get_loc(name)] = weight
+        return weights
+
+    def generate_target_weight_position(
+        self,
+        score: pd.Series,
+        current: Position,
+        trade_start_time: pd.Timestamp,
+        trade_end_time: pd.Timestamp,
+    ) -> Mapping[str, float]:
+        """Return one account's target weights by instrument; those without one are sold.
+
+        `score` are the scores of the previous bar by instrument, without those that have none,
+        `current` is the account before the trades, `trade_start_time` the bar of the trades.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} needs a method target_weights(context), or Qlib's "
+            "generate_target_weight_position(score, current, trade_start_time, trade_end_time)."
+        )
 
     def decide(self, context: StepContext) -> Orders:
         """Return the orders that move the positions to the target weights, sales first."""
@@ -461,6 +502,22 @@ class WeightStrategyBase(Strategy):
         with np.errstate(invalid="ignore"):
             target: Floats = np.nan_to_num(value * weights / price)
         return target
+
+
+def _read_position(context: StepContext, member: int) -> Position:
+    """Return a member's account as Qlib's Position, before the trades of the bar."""
+    account = context.account
+    value = float(account.value()[member])
+    holdings = {
+        str(context.instruments[k]): {
+            "amount": float(account.amount[member, k]),
+            "price": float(account.price[member, k]),
+            "count_day": int(account.count[member, k]),
+            "weight": float(account.amount[member, k] * account.price[member, k] / value),
+        }
+        for k in np.flatnonzero(account.amount[member])
+    }
+    return Position(float(account.cash[member]), holdings)
 
 
 class WeightStrategy(WeightStrategyBase):

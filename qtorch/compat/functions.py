@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,22 @@ def get_project_path(config_name: str = CONFIG_NAME, cur_path: str | Path | None
         if (folder / config_name).exists():
             return folder
     raise FileNotFoundError(f"no {config_name} in {start} or a folder above it.")
+
+
+def get_or_create_path(path: str | Path | None = None, return_dir: bool = False) -> str | Path:
+    """Return the path of a file or folder; its folder, or itself, is created if it is missing.
+
+    Without a path it is a new temporary file or folder.
+    """
+    if path is None:
+        if return_dir:
+            return tempfile.mkdtemp(prefix="qtorch-")
+        handle, name = tempfile.mkstemp(prefix="qtorch-")
+        os.close(handle)
+        return name
+    full_path = resolve_path(path)
+    (full_path if return_dir else full_path.parent).mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def auto_init(**kwargs: Any) -> Any:

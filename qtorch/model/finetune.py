@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qtorch.core.errors import ConfigError, DataError, LoadObjectError, check_name, join_names
+from qtorch.core.files import atomic_write
 from qtorch.core.serial import State
 from qtorch.core.session import resolve_path
 from qtorch.data.dataset.samples import Samples
@@ -405,6 +406,30 @@ def load_weights_file(path: str) -> dict[str, Tensor]:
         parts = list(content)[:6] if isinstance(content, Mapping) else type(content).__name__
         raise ConfigError(f"init_from='file:{path}' contains {parts}: {EXPECTED_FILE}.")
     return dict(content)
+
+
+def check_weights_target(path: str | Path) -> Path:
+    """Return the full path of a file for weights, and create its folder.
+
+    Raises ConfigError, before a training, if it cannot be a file.
+    """
+    file = resolve_path(path)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"save_path={str(path)!r}: its folder cannot be created: {error}."
+        ) from error
+    if file.is_dir():
+        raise ConfigError(f"save_path={str(path)!r} is a folder; expected the path of a file.")
+    return file
+
+
+def write_weights_file(network: nn.Module, file: Path) -> None:
+    """Write the weights by name in torch's format, on the CPU; `load_weights_file` reads them."""
+    weights = {name: value.detach().cpu() for name, value in network.state_dict().items()}
+    with atomic_write(file) as partial:
+        torch.save(weights, partial)
 
 
 def copy_shared_weights(network: nn.Module, earlier: nn.Module | Mapping[str, Tensor]) -> list[str]:

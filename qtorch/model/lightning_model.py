@@ -32,8 +32,10 @@ from qtorch.model.finetune import (
     apply_statistics,
     check_initial_run,
     check_weights_file,
+    check_weights_target,
     get_statistics,
     weights_digest,
+    write_weights_file,
 )
 from qtorch.model.fit import fit_network
 from qtorch.model.fleet.current import current_fleet
@@ -213,6 +215,8 @@ class LightningModel(ModelFT):
         recorder: Recorder | None = None,
         resume: str | Path | None = "auto",
         evals_result: dict[str, Any] | None = None,
+        save_path: str | Path | None = None,
+        verbose: bool = True,
     ) -> None:
         """Train on the segments "train" and "valid" and keep the weights of the best epoch.
 
@@ -220,7 +224,9 @@ class LightningModel(ModelFT):
         `evals_result` gets the lists "train" and "valid" of a score per epoch, as by Qlib's
         networks: the monitored metric, or the negative of one that is better if lower. The scores
         of "train" are negative losses if the monitored metric is one of validation alone. (All
-        metrics are in `evals_result_`.)
+        metrics are in `evals_result_`.) `save_path` is a file for the network's weights of the best
+        epoch, by name as of `torch.save(network.state_dict(), save_path)`. `verbose=False` shows no
+        progress bar.
 
         `resume="auto"` resumes from the run's last checkpoint if it belongs to the same training
         and otherwise starts from scratch; a path resumes from that checkpoint (ConfigError if it
@@ -241,7 +247,9 @@ class LightningModel(ModelFT):
         matching weight; the message lists the shapes).
         """
         run = current_recorder() if recorder is None else recorder
-        inputs = self._prepare_fit(dataset, reweighter, run)
+        weights_file = None if save_path is None else check_weights_target(save_path)
+        bar = {} if verbose else {"trainer": {**self.trainer, "enable_progress_bar": False}}
+        inputs = self._prepare_fit(dataset, reweighter, run, **bar)
         with _keep_best_weights(inputs.store_result):
             result = fit_as_member(inputs, run, resume) or fit_network(
                 inputs.make_network,
@@ -257,11 +265,15 @@ class LightningModel(ModelFT):
         if evals_result is not None:
             _, metric, mode = build_early_stopping(self.early_stop, self.monitor)
             evals_result.update(_list_scores(self.evals_result_, metric, mode))
+        if weights_file is not None:
+            write_weights_file(self._require_network(), weights_file)
 
-    def _prepare_fit(self, dataset: Any, reweighter: Any, run: Recorder | None) -> FitInputs:
+    def _prepare_fit(
+        self, dataset: Any, reweighter: Any, run: Recorder | None, **overrides: Any
+    ) -> FitInputs:
         """Check the settings and the data of a fit, and return what it trains on."""
         self.check_settings()
-        recipe = self._build_recipe()
+        recipe = self._build_recipe(**overrides)
         device = trainer_device(recipe.trainer)
         describe_run(run, self, dataset)
         initial = None if self.init_from is None else InitialWeights.load(self.init_from, run)
@@ -485,13 +497,16 @@ class LightningModel(ModelFT):
 
     # -- scoring -------------------------------------------------------------------------------
 
-    def predict(self, dataset: Any, segment: str | slice = "test") -> pd.Series:
+    def predict(
+        self, dataset: Any, segment: str | slice = "test", *, batch_size: int | None = None
+    ) -> pd.Series:
         """Return the scores of a segment, each sample once.
 
         The result is a float32 Series "score", indexed by (datetime, instrument). With several
         outputs, the score is the loss's readout, by default the first output. Raises NotFittedError
         before `fit`, and DataError if the dataset's features do not match those of the training,
-        or if a weight or a score is NaN or infinite, unless `allow_nonfinite` is set.
+        or if a weight or a score is NaN or infinite, unless `allow_nonfinite` is set. `batch_size`
+        counts more than `eval_size` of the model's batches.
         """
         network = self._require_network()
         if not self.allow_nonfinite:
@@ -509,7 +524,7 @@ class LightningModel(ModelFT):
                 network,
                 samples,
                 device=device,
-                batch_size=evaluation_batch_size(self.batch, device),
+                batch_size=batch_size or evaluation_batch_size(self.batch, device),
                 readout=get_readout(build_loss(self.loss)),
             )
         if not self.allow_nonfinite:

@@ -84,10 +84,11 @@ class PortAnaRecord(Record):
     Positions in instruments whose bars end are stored as `delistings_normal_1day`, their number is
     the metric `1day.ended_positions`.
 
-    Corresponds to Qlib's PortAnaRecord. Differences: positions are a frame by (datetime,
-    instrument); coarser frequencies need no executor of their own; the default benchmark is not
-    CSI 300, the default price limit is the region's and not 0.095. With `as_qlib: true` in the
-    part `backtest` the numbers are Qlib's, also those of the risk analysis.
+    Corresponds to Qlib's PortAnaRecord. As there, positions are a mapping of dates to positions
+    (`qtorch.backtest.Positions`, whose `frame` has them by datetime and instrument). Differences:
+    coarser frequencies need no executor of their own; the default benchmark is not CSI 300, the
+    default price limit is the region's and not 0.095. With `as_qlib: true` in the part `backtest`
+    the numbers are Qlib's, also those of the risk analysis.
     """
 
     artifact_path: ClassVar[str | None] = "portfolio_analysis"
@@ -344,7 +345,7 @@ class PortAnaRecord(Record):
             reports[freq] = resample_report(result.report, freq)
             trades[freq] = resample_indicators(result.indicators, freq)
         objects: dict[str, Any] = {
-            f"positions_normal_{self.freq}.pkl": result.positions,
+            f"positions_normal_{self.freq}.pkl": result.positions_normal,
             f"orders_normal_{self.freq}.pkl": result.orders,
             f"delistings_normal_{self.freq}.pkl": result.delistings,
         }

@@ -114,7 +114,7 @@ def task_train(
         recorder_name = recorder_name or tracking.get("recorder_name")
         with _open_run(earlier_run, name, recorder_name) as recorder:
             _log_task(recorder, complete)
-            _execute(recorder, complete, on_fitted=on_fitted)
+            _execute(recorder, complete, on_fitted=on_fitted, is_checked=check_first)
     return recorder
 
 
@@ -333,11 +333,13 @@ def _execute(
     task: dict[str, Any],
     *,
     on_fitted: Callable[[Recorder, RunInputs], None] | None = None,
+    is_checked: bool = False,
 ) -> None:
-    """Fit the model, save it and generate the records."""
+    """Fit the model, save it and generate the records, after `check_task` unless `is_checked`."""
     with session_context(seed=task["seed"]):
         seed_everything(task["seed"])
-        check_task(task)
+        if not is_checked:
+            check_task(task)
         beat("data")
         model = build_object(task["model"])
         dataset = _build_dataset(task["dataset"])

@@ -12,9 +12,19 @@ import pandas as pd
 import pytest
 from small_market import bars, score_table
 
-from qtorch.backtest import Exchange, Order, OrderDir, Position, TopkDropoutStrategy, backtest
-from qtorch.core.errors import ConfigError
+from qtorch.backtest import (
+    Exchange,
+    Order,
+    OrderDir,
+    Position,
+    Positions,
+    TopkDropoutStrategy,
+    backtest,
+)
+from qtorch.core.errors import ConfigError, LoadObjectError
+from qtorch.core.serial import State
 from qtorch.data import SyntheticSource, write_qlib
+from qtorch.tracking.artifacts import read_object, write_object
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "parity"))
@@ -121,6 +131,32 @@ def test_a_position_has_the_cash_of_sales_that_settles_later():
     position = result.positions_normal[DAYS[2]]
     assert position.get_cash(include_settle=True) > position.get_cash() + 500
     assert position.calculate_value() == pytest.approx(result.report.loc[DAYS[2], "account"])
+
+
+def test_positions_are_stored_without_pickle_and_read_back_with_their_cash(tmp_path):
+    market = bars({"A": [10, 10, 10, 10], "B": [5, 5, 5, 5]})
+    scores = score_table({"A": [1, 0, 0], "B": [0, 1, 1]}, DAYS)
+    positions = backtest(
+        strategy=TopkDropoutStrategy(signal=scores, topk=1, n_drop=1),
+        executor={"class": "SimulatorExecutor", "kwargs": {"settle_type": "cash"}},
+        account=1000.0,
+        exchange_kwargs={"min_cost": 0.0, "limit_threshold": "none", "trade_unit": None},
+        source=market,
+    ).positions_normal
+    path = write_object(positions, tmp_path, "positions_normal_1day.pkl")
+    assert path.suffix == ".safetensors"
+    stored = read_object(path, "positions_normal_1day.pkl")
+    pd.testing.assert_frame_equal(stored.frame, positions.frame)
+    assert [p.position for p in stored.values()] == [p.position for p in positions.values()]
+    assert any("cash_delay" in p.position for p in stored.values())
+    assert list(stored) == list(positions)
+    money = pd.DataFrame({"cash": [1.0], "account": [1.0], "value": [0.0]}, DAYS[:1])
+    empty = Positions(positions.frame.iloc[:0], money)
+    stored = read_object(write_object(empty, tmp_path, "empty.pkl"), "empty.pkl")
+    assert stored[DAYS[0]].get_stock_list() == []
+    state = positions.to_state()
+    with pytest.raises(LoadObjectError, match="in format 2 by a newer qtorch"):
+        Positions.from_state(State({**state.config, "format": 2}, state.tensors))
 
 
 @pytest.mark.qlib

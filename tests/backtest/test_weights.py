@@ -14,6 +14,7 @@ from qtorch.backtest import (
     LongShortStrategy,
     SoftTopkStrategy,
     WeightStrategy,
+    WeightStrategyBase,
     backtest,
 )
 from qtorch.backtest.enhanced_indexing import EnhancedIndexingOptimizer, _align_factors
@@ -40,6 +41,44 @@ def test_weights_are_traded_on_the_next_day(days):
     # No orders on the day without weights, nor on the next: 500 of A are the target already.
     assert orders.index.get_level_values(0).unique().tolist() == [days[1]]
     assert result.report["account"].tolist() == [10_000] * 3
+
+
+class BestTwo(WeightStrategyBase):
+    """Equal weights of the two best, written as Qlib's users do."""
+
+    def __init__(self, *, signal):
+        super().__init__(signal=signal, risk_degree=0.9)
+        self.calls = []
+
+    def generate_target_weight_position(self, score, current, trade_start_time, trade_end_time):
+        self.calls.append((score, current, trade_start_time, trade_end_time))
+        best = score.sort_values(ascending=False).index[:2]
+        return dict.fromkeys(best, 0.5)
+
+
+def test_a_strategy_with_qlibs_method_trades_towards_its_weights(days):
+    source = bars({"A": [10, 11, 12, 13], "B": [10, 9, 8, 9], "C": [5, 5, 5, 5]})
+    scores = score_table({"A": [3, 1, 1], "B": [2, 2, np.nan], "C": [1, 3, 2]}, days)
+    strategy = BestTwo(signal=scores)
+    result = run(strategy, source)
+    table = pd.DataFrame(
+        {"A": [0.5, np.nan, 0.5], "B": [0.5, 0.5, np.nan], "C": [np.nan, 0.5, 0.5]}, index=days[:3]
+    )
+    expected = run(WeightStrategy(signal=table, risk_degree=0.9), source)
+    pd.testing.assert_frame_equal(result.report, expected.report)
+    pd.testing.assert_frame_equal(result.positions, expected.positions)
+    score, current, start, end = strategy.calls[1]
+    assert score.to_dict() == {"A": 1, "B": 2, "C": 3}
+    assert (start, end) == (days[2], days[2] + pd.Timedelta("23:59:59"))
+    position = result.positions_normal[days[1]]
+    assert current.get_stock_amount_dict() == position.get_stock_amount_dict()
+    assert current.calculate_value() == pytest.approx(position.calculate_value())
+    assert list(strategy.calls[2][0].index) == ["A", "C"]  # B has no score
+    strategy.generate_target_weight_position = lambda **_: {"D": 1.0}
+    with pytest.raises(ConfigError, match="unknown instrument of a target weight 'D'"):
+        run(strategy, source)
+    with pytest.raises(ConfigError, match="needs a method target_weights"):
+        run(WeightStrategyBase(signal=scores), source)
 
 
 def test_instruments_without_a_weight_are_sold_with_odd_lots(days):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -200,6 +201,20 @@ def test_auto_init_finds_the_settings_of_the_project(module, tmp_path):
     (tmp_path / "config.yaml").write_text("conf_type: copy\n")
     with pytest.raises(ConfigError, match="conf_type is 'copy'"):
         qlib.auto_init(cur_path=tmp_path, skip_if_reg=False)
+
+
+def test_the_folder_of_a_path_is_created(module, tmp_path):
+    get_or_create_path = module("qlib.utils").get_or_create_path
+    file, folder = tmp_path / "a" / "weights.bin", tmp_path / "b"
+    assert get_or_create_path(file) == file
+    assert file.parent.is_dir()
+    assert not file.exists()
+    assert get_or_create_path(folder, return_dir=True) == folder
+    assert folder.is_dir()
+    for is_dir in (False, True):
+        path = Path(get_or_create_path(return_dir=is_dir))
+        assert path.is_dir() == is_dir
+        path.rmdir() if is_dir else path.unlink()
 
 
 def test_a_class_is_cast_for_a_block(module):

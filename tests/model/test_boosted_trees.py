@@ -12,7 +12,7 @@ from toy_training import ToyDataset, ToyRecorder
 from qtorch.core.errors import ArgumentError, ConfigError, NotFittedError
 from qtorch.core.session import session_context
 from qtorch.data import Reweighter
-from qtorch.model import CatBoostModel, ModelFT, XGBModel
+from qtorch.model import CatBoostModel, LGBModel, ModelFT, XGBModel
 from qtorch.tracking.artifacts import read_object, write_object
 
 XGBOOST = {"max_depth": 3, "eta": 0.2, "nthread": 1, "seed": 3}
@@ -96,6 +96,50 @@ def test_catboost_stops_early_and_keeps_its_best_round(dataset, tmp_path):
     importance = model.get_feature_importance()
     assert importance.index[0] == "F0"  # the signal
     assert importance.sum() == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("library", "cls", "settings", "metric"),
+    [
+        ("xgboost", XGBModel, XGBOOST, "rmse"),
+        ("catboost", CatBoostModel, {"task_type": "CPU", **CATBOOST}, "RMSE"),
+        ("lightgbm", LGBModel, {"num_leaves": 4, "min_data_in_leaf": 5}, None),
+    ],
+)
+def test_fit_takes_qlibs_arguments_and_returns_its_form_of_results(
+    library, cls, settings, metric, dataset, caplog
+):
+    pytest.importorskip(library)
+    caplog.set_level("INFO", "qtorch")
+    model = cls(num_boost_round=300, **settings)
+    evals_result = {"mine": 1}
+    model.fit(
+        dataset,
+        num_boost_round=4,
+        early_stopping_rounds=0,
+        verbose_eval=2,
+        evals_result=evals_result,
+    )
+    curves = model.evals_result_
+    if metric is None:
+        assert evals_result == {"mine": 1, **curves}
+        metric = "l2"
+    else:
+        expected = {name: list(curves[name][metric]) for name in ("train", "valid")}
+        assert evals_result == {"mine": 1, **expected}
+    assert [len(curves[name][metric]) for name in ("train", "valid")] == [4, 4]
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("round ")]
+    assert [line.partition(":")[0] for line in lines] == ["round 1", "round 3"]
+    last = f"valid/{metric} {curves['valid'][metric][3]:.6g}"
+    assert last in lines[1]
+    assert "train/" in lines[1]
+    caplog.clear()
+    model.finetune(dataset, num_boost_round=2, verbose_eval=True)
+    assert sum(r.getMessage().startswith("round ") for r in caplog.records) == 2
+    caplog.clear()
+    model.fit(dataset, num_boost_round=40, early_stopping_rounds=1)
+    assert len(model.evals_result_["valid"][metric]) < 40
+    assert not [r for r in caplog.records if r.getMessage().startswith("round ")]
 
 
 @pytest.mark.parametrize(

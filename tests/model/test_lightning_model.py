@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from qtorch.core.serial import State
 from qtorch.core.session import set_defaults
 from qtorch.core.trust import StoredText, as_stored_text
 from qtorch.model import BaseModel, LightningModel, Model, ModelFT
+from qtorch.model.finetune import load_weights_file
 from qtorch.model.loop.callbacks import BatchProgressBar
 from qtorch.model.loop.options import (
     DEFAULT_INNER_STEPS,
@@ -70,6 +72,36 @@ def test_fit_lists_a_score_per_epoch_and_segment_as_qlibs_networks(
     # The best epoch is the one with the highest score.
     best = max(range(3), key=evals_result["valid"].__getitem__)
     assert model.fit_report_["best_epoch"] == best
+
+
+def test_fit_writes_the_best_weights_to_a_file(dataset: ToyDataset, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "weights.bin"
+    model = make_model(epochs=3)
+    model.fit(dataset, save_path=file)
+    assert model.network_ is not None
+    weights = torch.load(file, weights_only=True)
+    assert list(weights) == list(model.network_.state_dict())
+    for name, value in model.network_.state_dict().items():
+        assert torch.equal(weights[name], value)
+    # It is a file that another training can start from.
+    assert load_weights_file(str(file)).keys() == weights.keys()
+    with pytest.raises(ConfigError, match="is a folder"):
+        make_model().fit(dataset, save_path=tmp_path)
+
+
+def test_the_batch_size_of_a_prediction_changes_no_score(
+    short_model: LightningModel, dataset: ToyDataset
+) -> None:
+    scores = short_model.predict(dataset)
+    sizes = []
+    assert short_model.network_ is not None
+    hook = short_model.network_.register_forward_pre_hook(
+        lambda _, inputs: sizes.append(len(inputs[0]))
+    )
+    small = short_model.predict(dataset, batch_size=7)
+    hook.remove()
+    pd.testing.assert_series_equal(small, scores, rtol=1e-5, atol=1e-6)
+    assert max(sizes) == 7
 
 
 def test_one_instrument_a_day_trains_a_time_series_model(caplog: pytest.LogCaptureFixture) -> None:

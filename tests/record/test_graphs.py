@@ -104,6 +104,43 @@ def test_what_is_sold_bought_and_held_worked_by_hand():
     assert ranks.loc[days[1]].tolist() == pytest.approx([100 * 2 / 3, 0.0, 100 / 3])
 
 
+def test_positions_are_parsed_to_qlibs_table_worked_by_hand():
+    days = pd.bdate_range("2020-01-01", periods=3)
+
+    def holding(amount, price, count):
+        return {"amount": amount, "price": price, "count_day": count, "weight": 0.1}
+
+    positions = {
+        days[0]: {"A": holding(2.0, 10.0, 1), "B": holding(1.0, 20.0, 1), "cash": 60.0},
+        days[1]: {"A": holding(2.0, 11.0, 2), "cash": 80.0, "now_account_value": 102.0},
+        days[2]: {"C": holding(5.0, 4.0, 1), "cash": 80.0},
+    }
+    table = graph_tables.parse_position(positions)
+    assert table.index.names == ["instrument", "datetime"]
+    assert list(table.columns) == ["amount", "cash", "count_day", "price", "status", "weight"]
+    assert table["status"].to_dict() == {
+        ("A", days[0]): 1,
+        ("B", days[0]): 1,
+        ("A", days[1]): 0,
+        ("B", days[1]): -1,
+        ("C", days[2]): 1,
+        ("A", days[2]): -1,
+    }
+    assert table.loc[("A", days[0]), "weight"] == 0.5  # of the positions, without the cash
+    assert table.loc[("A", days[1])].to_dict() == {
+        "amount": 2.0,
+        "cash": 80.0,
+        "count_day": 2,
+        "price": 11.0,
+        "status": 0,
+        "weight": 1.0,
+    }
+    # What was sold has the values of the bar before.
+    assert table.loc[("B", days[1]), ["price", "weight", "cash"]].to_list() == [20.0, 0.5, 60.0]
+    with pytest.raises(ConfigError, match="expected a mapping of dates"):
+        graph_tables.parse_position(pd.DataFrame())
+
+
 def test_errors_say_what_is_wrong(monkeypatch):
     pairs, report, _ = graph_cases.inputs()
     with pytest.raises(ConfigError, match="has no column score"):

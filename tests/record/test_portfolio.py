@@ -73,8 +73,13 @@ def test_record_stores_the_backtest_and_logs_its_risk(run, scores, market):
     report = recorder.load_object("portfolio_analysis/report_normal_1day.pkl")
     pd.testing.assert_frame_equal(report, expected_result.report, check_freq=False)
     positions = recorder.load_object("portfolio_analysis/positions_normal_1day.pkl")
-    np.testing.assert_allclose(positions, expected_result.positions)
-    assert positions.index.names == ["datetime", "instrument"]
+    pd.testing.assert_frame_equal(positions.frame, expected_result.positions)
+    assert list(positions) == list(expected_result.dates)
+    last, expected_last = (
+        list(positions.values())[-1],
+        list(expected_result.positions_normal.values())[-1],
+    )
+    assert last.position == expected_last.position
     indicators = recorder.load_object("portfolio_analysis/indicators_normal_1day.pkl")
     np.testing.assert_allclose(indicators, expected_result.indicators)
     excess_return = expected_result.report["return"] - expected_result.report["bench"]

@@ -443,7 +443,8 @@ class Samples:
             return self
         if not callable(getattr(reweighter, "reweight", None)):
             raise ConfigError(
-                f"{type(reweighter).__name__} is not a reweighter: it has no reweight(data) method."
+                f"{type(reweighter).__name__} is not a reweighter: it has no reweight(data) "
+                "method. Pass other arguments of fit by their names, such as evals_result=..."
             )
         data = self.frame(getattr(reweighter, "needs", ("label",)))
         weight = validate_weights(reweighter.reweight(data), self.index)

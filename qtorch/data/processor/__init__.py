@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qtorch.data.processor.elementwise import Fillna as Fillna
     from qtorch.data.processor.elementwise import ProcessInf as ProcessInf
     from qtorch.data.processor.elementwise import TanhProcess as TanhProcess
+    from qtorch.data.processor.pandas_processor import FrameProcessor as FrameProcessor
     from qtorch.data.processor.pandas_processor import PandasProcessor as PandasProcessor
     from qtorch.data.processor.selection import DropCol as DropCol
     from qtorch.data.processor.selection import DropnaLabel as DropnaLabel

@@ -1,7 +1,8 @@
-"""An adapter that runs pandas processors with Qlib's protocol on views."""
+"""Processors on DataFrames with Qlib's protocol, and the adapter that runs them on views."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,15 +12,52 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qtorch.core.configured import plain_value
+from qtorch.core.configured import Configured, plain_value
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.core.instantiate import init_instance_by_config
-from qtorch.core.serial import State
+from qtorch.core.serial import Serializable, State
+from qtorch.core.trust import trust_subclasses
 from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.panel.frames import view_to_frame
 from qtorch.data.panel.panel import NAMES, Panel, normalise_calendar
 from qtorch.data.panel.view import FLAT, View
 from qtorch.data.processor.base import Processor
+
+
+@trust_subclasses
+class FrameProcessor(Configured, Serializable, ABC):
+    """Base class of a processor of your own on DataFrames: Qlib's Processor, for its programs.
+
+    `fit(df)` and `processor(df) -> df` take frames of Qlib's form (see `PandasProcessor`, which
+    runs them). Our processors on tensors are instances of it too, as those of Qlib are.
+    """
+
+    def fit(self, df: pd.DataFrame | None = None) -> None:
+        """Compute statistics from the rows of the fit window."""
+
+    @abstractmethod
+    def __call__(self, df: pd.DataFrame) -> pd.DataFrame:
+        """Return the processed frame; it may be changed in place."""
+
+    def is_for_infer(self) -> bool:
+        """Whether the processor may be used for inference, when no label is known."""
+        return True
+
+    def readonly(self) -> bool:
+        """Whether `processor(df)` leaves its frame unchanged."""
+        return False
+
+    def config(self, **kwargs: Any) -> None:
+        """Set the fit window (`fit_start_time`, `fit_end_time`), and how the object is pickled."""
+        for name in ("fit_start_time", "fit_end_time"):
+            if name in kwargs:
+                value = kwargs.pop(name)
+                if hasattr(self, name):
+                    setattr(self, name, value)
+        super().config(**kwargs)
+
+
+FrameProcessor.register(Processor)
 
 
 class PandasProcessor(Processor):
@@ -49,14 +87,15 @@ class PandasProcessor(Processor):
         self.replaces_infinite = bool(getattr(self.inner, "replaces_infinite", is_process_inf))
 
     def has_fit_window(self) -> bool:
-        return hasattr(self.inner, "fit")
+        fit = getattr(type(self.inner), "fit", None)
+        return fit is not None and fit is not FrameProcessor.fit
 
     def is_for_infer(self) -> bool:
         method = getattr(self.inner, "is_for_infer", None)
         return bool(method()) if callable(method) else True
 
     def fit(self, view: View) -> None:
-        if hasattr(self.inner, "fit"):
+        if self.has_fit_window():
             self.inner.fit(view_to_frame(view))
 
     def __call__(self, view: View) -> View:

@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from qtorch.model.base import ModelFT
 from qtorch.model.input_schema import has_valid_segment
 from qtorch.model.loop.curves import name_curves
 from qtorch.model.tabular.base import Rows, TabularModel
+from qtorch.process.heartbeat import beat
 from qtorch.tracking.recorder import current_recorder
 
 if TYPE_CHECKING:
@@ -46,6 +47,30 @@ class Boosting:
     evaluations: Evaluations
     best_round: int | None = None
     device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How many rounds a training has at most, and what happens after each of them.
+
+    It stops when a metric of the valid segment has not improved for `patience` rounds (0: never).
+    Each `log_every`-th round is a line of the log (0: none).
+    """
+
+    limit: int
+    patience: int = 0
+    log_every: int = 0
+
+    def report(self, number: int, evaluations: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """Report a finished round, counted from 0, to the heartbeat and the log."""
+        beat("training", epoch=number)
+        if self.log_every > 0 and (number + 1) % self.log_every == 0:
+            values = ", ".join(
+                f"{segment}/{name} {float(curve[-1]):.6g}"
+                for segment, metrics in evaluations.items()
+                for name, curve in metrics.items()
+            )
+            log.info("round %d: %s", number, values)
 
 
 class BoostedTrees(TabularModel, ModelFT):
@@ -85,20 +110,35 @@ class BoostedTrees(TabularModel, ModelFT):
         *,
         recorder: Recorder | None = None,
         evals_result: dict[str, Any] | None = None,
+        num_boost_round: int | None = None,
+        early_stopping_rounds: int | None = None,
+        verbose_eval: int | bool = False,
     ) -> None:
         """Train on the segment "train", with early stopping on "valid" if the dataset has it.
 
         The metrics of each round are logged to the recorder as `train/l2`, `valid/l2` (by the
-        library's names of metrics), and written into `evals_result`, as in Qlib: `{"train": {"l2":
-        [...]}, "valid": {...}}`. Raises DataError if there is nothing to learn from.
+        library's names of metrics), and written into `evals_result` in the form of Qlib's class:
+        LightGBM's are `{"train": {"l2": [...]}, "valid": {...}}`, those of XGBoost and CatBoost the
+        lists "train" and "valid" of the first metric. `num_boost_round` and
+        `early_stopping_rounds` count more than the model's own. Each `verbose_eval`-th round (True:
+        each one) is a line of the log. Raises DataError if there is nothing to learn from.
         """
+        rounds = Rounds(
+            self.num_boost_round if num_boost_round is None else num_boost_round,
+            self.early_stopping_rounds if early_stopping_rounds is None else early_stopping_rounds,
+            int(verbose_eval),
+        )
         train = self._rows(dataset, "train", reweighter)
         valid = None
         if has_valid_segment(dataset):
             valid = self._rows(dataset, "valid", reweighter, train.names)
-        self._train(train, valid, self.num_boost_round, recorder)
+        self._train(train, valid, rounds, recorder)
         if evals_result is not None:
-            evals_result.update(self.evals_result_)
+            evals_result.update(self._list_evaluations())
+
+    def _list_evaluations(self) -> dict[str, Any]:
+        """Return the metrics of the rounds as `fit` of Qlib's class gives them to its caller."""
+        return dict(self.evals_result_)
 
     def finetune(
         self,
@@ -107,20 +147,23 @@ class BoostedTrees(TabularModel, ModelFT):
         *,
         recorder: Recorder | None = None,
         num_boost_round: int = FINETUNE_ROUNDS,
+        verbose_eval: int | bool = False,
     ) -> None:
         """Train more rounds on the segment "train", on top of the fitted trees.
 
+        Each `verbose_eval`-th round (True: each one) is a line of the log.
         Raises NotFittedError before `fit`, and DataError if a feature of the training is missing.
         """
         names = self._require_feature_names()
         train = self._rows(dataset, "train", reweighter, names)
-        self._train(train, None, num_boost_round, recorder, self.booster)
+        rounds = Rounds(num_boost_round, log_every=int(verbose_eval))
+        self._train(train, None, rounds, recorder, self.booster)
 
     def _train(
         self,
         train: Rows,
         valid: Rows | None,
-        rounds: int,
+        rounds: Rounds,
         recorder: Recorder | None,
         init_booster: Any = None,
     ) -> None:
@@ -138,9 +181,9 @@ class BoostedTrees(TabularModel, ModelFT):
 
     @abstractmethod
     def _boost(
-        self, train: Rows, valid: Rows | None, rounds: int, init_booster: Any = None
+        self, train: Rows, valid: Rows | None, rounds: Rounds, init_booster: Any = None
     ) -> Boosting:
-        """Train `rounds` rounds, on top of the trees of `init_booster` if there is one."""
+        """Train by rounds, on top of the trees of `init_booster` if there is one."""
 
     @abstractmethod
     def _load_booster(self, content: bytes) -> Any:
@@ -181,6 +224,11 @@ def make_fit_report(
         "samples_per_second": len(train) * len(values) / seconds,
         "device": boosting.device,
     }
+
+
+def list_first_metric(evaluations: Evaluations) -> dict[str, list[float]]:
+    """Return each segment's values of its first metric: `{"train": [...], "valid": [...]}`."""
+    return {name: list(next(iter(metrics.values()))) for name, metrics in evaluations.items()}
 
 
 def log_curves(parts: Sequence[Evaluations], recorder: Recorder, kind: str) -> None:

@@ -19,7 +19,10 @@ from qtorch.model.tabular.base import Rows
 from qtorch.model.tabular.boosting import (
     BoostedTrees,
     Boosting,
+    Evaluations,
+    Rounds,
     library_names,
+    list_first_metric,
     require_library,
 )
 from qtorch.process.heartbeat import beat
@@ -74,17 +77,17 @@ class CatBoostModel(BoostedTrees):
         self.params = dict(parameters)
 
     def _boost(
-        self, train: Rows, valid: Rows | None, rounds: int, init_booster: Any = None
+        self, train: Rows, valid: Rows | None, rounds: Rounds, init_booster: Any = None
     ) -> Boosting:
         library = _import_catboost()
         parameters = self._train_parameters()
-        stops_early = valid is not None and self.early_stopping_rounds > 0
+        stops_early = valid is not None and rounds.patience > 0
         if stops_early:
-            parameters["early_stopping_rounds"] = self.early_stopping_rounds
+            parameters["early_stopping_rounds"] = rounds.patience
         # CatBoost has no callbacks on a GPU.
-        callbacks = [_Heartbeat()] if parameters["task_type"] == "CPU" else None
+        callbacks = [_Report(rounds)] if parameters["task_type"] == "CPU" else None
         beat("training", epoch=0)
-        booster = library.CatBoost({**parameters, "iterations": rounds})
+        booster = library.CatBoost({**parameters, "iterations": rounds.limit})
         booster.fit(
             _pool(library, train),
             eval_set=None if valid is None else _pool(library, valid),
@@ -93,13 +96,15 @@ class CatBoostModel(BoostedTrees):
             callbacks=callbacks,
         )
         results = booster.get_evals_result()
-        segments = {"train": "learn", "valid": "validation"}
         return Boosting(
             _save_booster(booster),
-            {name: dict(results[key]) for name, key in segments.items() if key in results},
+            _rename_segments(results),
             booster.get_best_iteration() if stops_early else None,
             str(parameters["task_type"]).lower(),
         )
+
+    def _list_evaluations(self) -> dict[str, Any]:
+        return list_first_metric(self.evals_result_)
 
     def _train_parameters(self) -> dict[str, Any]:
         defaults: dict[str, Any] = {"allow_writing_files": False, "task_type": _default_device()}
@@ -165,11 +170,20 @@ def _save_booster(booster: catboost.CatBoost) -> bytes:
         return path.read_bytes()
 
 
-class _Heartbeat:
-    """Reports finished rounds to the heartbeat; a callback of CatBoost."""
+def _rename_segments(evaluations: Mapping[str, Mapping[str, Any]]) -> Evaluations:
+    """Return the metrics of CatBoost's segments with the names of ours."""
+    names = {"train": "learn", "valid": "validation"}
+    return {name: dict(evaluations[key]) for name, key in names.items() if key in evaluations}
+
+
+class _Report:
+    """Reports finished rounds; a callback of CatBoost, which counts them from 1."""
+
+    def __init__(self, rounds: Rounds) -> None:
+        self.rounds = rounds
 
     def after_iteration(self, info: Any) -> bool:
-        beat("training", epoch=info.iteration)
+        self.rounds.report(info.iteration - 1, _rename_segments(info.metrics))
         return True
 
 

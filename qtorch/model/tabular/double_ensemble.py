@@ -20,7 +20,7 @@ from qtorch.core.errors import ConfigError, check_name
 from qtorch.core.session import session
 from qtorch.model.input_schema import has_valid_segment
 from qtorch.model.tabular.base import Rows, TabularModel
-from qtorch.model.tabular.boosting import Evaluations, bytes_tensor, log_curves
+from qtorch.model.tabular.boosting import Evaluations, Rounds, bytes_tensor, log_curves
 from qtorch.model.tabular.gbdt import boost_lightgbm, load_lightgbm, resolve_parameters
 from qtorch.tracking.recorder import current_recorder
 
@@ -197,8 +197,7 @@ class DEnsembleModel(TabularModel):
             {**self.params, "objective": self.loss},
             _select_features(replace(train, weight=own_weight), features),
             None if valid is None else _select_features(valid, features),
-            rounds=self.epochs,
-            early_stopping_rounds=self.early_stopping_rounds,
+            Rounds(self.epochs, self.early_stopping_rounds),
         )
         self.contents_.append(boosting.content)
         self.sub_features_.append([train.names[k] for k in features])

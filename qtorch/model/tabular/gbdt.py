@@ -15,10 +15,10 @@ from qtorch.model.tabular.boosting import (
     BoostedTrees,
     Boosting,
     Evaluations,
+    Rounds,
     library_names,
     require_library,
 )
-from qtorch.process.heartbeat import beat
 
 if TYPE_CHECKING:
     import lightgbm
@@ -61,16 +61,10 @@ class LGBModel(BoostedTrees):
         self.params = resolve_parameters(parameters)
 
     def _boost(
-        self, train: Rows, valid: Rows | None, rounds: int, init_booster: Any = None
+        self, train: Rows, valid: Rows | None, rounds: Rounds, init_booster: Any = None
     ) -> Boosting:
-        return boost_lightgbm(
-            {**self.params, "objective": self.loss},
-            train,
-            valid,
-            rounds=rounds,
-            early_stopping_rounds=self.early_stopping_rounds,
-            init_booster=init_booster,
-        )
+        parameters = {**self.params, "objective": self.loss}
+        return boost_lightgbm(parameters, train, valid, rounds, init_booster)
 
     def _load_booster(self, content: bytes) -> lightgbm.Booster:
         return load_lightgbm(content)
@@ -89,9 +83,7 @@ def boost_lightgbm(
     parameters: Mapping[str, Any],
     train: Rows,
     valid: Rows | None,
-    *,
-    rounds: int,
-    early_stopping_rounds: int,
+    rounds: Rounds,
     init_booster: Any = None,
 ) -> Boosting:
     """Train LightGBM on rows; equal rows, parameters and seeds give equal trees."""
@@ -101,15 +93,21 @@ def boost_lightgbm(
     )
     sets = {"train": data}
     evaluations: Evaluations = {}
-    callbacks = [library.record_evaluation(evaluations), _beat_iteration]
+
+    def report_round(env: Any) -> None:
+        """Report a finished round; LightGBM calls it after the values are in `evaluations`."""
+        rounds.report(env.iteration, evaluations)
+
+    report_round.order = 25  # type: ignore[attr-defined]  # LightGBM's place for it: 20 records
+    callbacks = [library.record_evaluation(evaluations), report_round]
     if valid is not None:
         sets["valid"] = data.create_valid(valid.x, valid.y, weight=valid.weight)
-        if early_stopping_rounds > 0:
-            callbacks.append(library.early_stopping(early_stopping_rounds, verbose=False))
+        if rounds.patience > 0:
+            callbacks.append(library.early_stopping(rounds.patience, verbose=False))
     booster = library.train(
         _add_defaults(parameters),
         data,
-        num_boost_round=rounds,
+        num_boost_round=rounds.limit,
         valid_sets=list(sets.values()),
         valid_names=list(sets),
         init_model=init_booster,
@@ -137,11 +135,6 @@ def _add_defaults(parameters: Mapping[str, Any]) -> dict[str, Any]:
         # Otherwise LightGBM chooses by timing, which is not reproducible.
         defaults["force_col_wise"] = True
     return {**defaults, **parameters}
-
-
-def _beat_iteration(env: Any) -> None:
-    """Report a finished round to the heartbeat; a callback of LightGBM."""
-    beat("training", epoch=env.iteration)
 
 
 def resolve_parameters(

@@ -16,10 +16,11 @@ from qtorch.model.tabular.boosting import (
     BoostedTrees,
     Boosting,
     Evaluations,
+    Rounds,
     library_names,
+    list_first_metric,
     require_library,
 )
-from qtorch.process.heartbeat import beat
 
 if TYPE_CHECKING:
     import xgboost
@@ -57,21 +58,21 @@ class XGBModel(BoostedTrees):
         self.params = dict(parameters)
 
     def _boost(
-        self, train: Rows, valid: Rows | None, rounds: int, init_booster: Any = None
+        self, train: Rows, valid: Rows | None, rounds: Rounds, init_booster: Any = None
     ) -> Boosting:
         library = _import_xgboost()
         sets = [(self._matrix(train), "train")]
-        callbacks = [_beat_iterations(library)]
-        stops_early = valid is not None and self.early_stopping_rounds > 0
+        callbacks = [_report_rounds(library, rounds)]
+        stops_early = valid is not None and rounds.patience > 0
         if valid is not None:
             sets.append((self._matrix(valid), "valid"))
         if stops_early:
-            callbacks.append(library.callback.EarlyStopping(rounds=self.early_stopping_rounds))
+            callbacks.append(library.callback.EarlyStopping(rounds=rounds.patience))
         evaluations: Evaluations = {}
         booster = library.train(
             self._train_parameters(),
             sets[0][0],
-            num_boost_round=rounds,
+            num_boost_round=rounds.limit,
             evals=sets,
             evals_result=evaluations,
             xgb_model=init_booster,
@@ -87,6 +88,9 @@ class XGBModel(BoostedTrees):
             best_round,
             str(self.params.get("device", "cpu")),
         )
+
+    def _list_evaluations(self) -> dict[str, Any]:
+        return list_first_metric(self.evals_result_)
 
     def _matrix(self, rows: Rows) -> xgboost.DMatrix:
         matrix: xgboost.DMatrix = _import_xgboost().DMatrix(
@@ -170,15 +174,15 @@ def _leaf_names(config: Any) -> Iterator[str]:
                 yield name
 
 
-def _beat_iterations(library: Any) -> Any:
-    """Return a callback that reports finished rounds to the heartbeat."""
+def _report_rounds(library: Any, rounds: Rounds) -> Any:
+    """Return a callback that reports finished rounds."""
 
-    class Heartbeat(library.callback.TrainingCallback):  # type: ignore[misc]  # known at run time
+    class Report(library.callback.TrainingCallback):  # type: ignore[misc]  # known at run time
         def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
-            beat("training", epoch=epoch)
+            rounds.report(epoch, evals_log)
             return False
 
-    return Heartbeat()
+    return Report()
 
 
 def _import_xgboost() -> Any:

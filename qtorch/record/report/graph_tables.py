@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from qtorch.backtest.positions import Positions
 from qtorch.core.errors import ConfigError, check_name
 from qtorch.metrics.risk import drawdown, risk_analysis
 from qtorch.metrics.signal import calc_ic
@@ -230,9 +231,11 @@ def monthly_risk(report: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def position_frame(position: Any) -> pd.DataFrame:
     """Return positions as a frame by (datetime, instrument) with `weight`, of the positions' value.
 
-    `position` is such a frame (`positions_normal_1day.pkl`), or Qlib's mapping of dates to
-    positions (`BacktestResult.positions_normal`).
+    `position` is such a frame (`BacktestResult.positions`), or Qlib's mapping of dates to positions
+    (`positions_normal_1day.pkl`, `BacktestResult.positions_normal`).
     """
+    if isinstance(position, Positions):
+        position = position.frame
     if isinstance(position, pd.DataFrame):
         check_columns(position, ("amount", "price"), "the positions")
         frame = position[["amount", "price"]].rename_axis(["datetime", "instrument"])
@@ -276,6 +279,38 @@ def position_changes(position: Any, dates: Iterable[Any] | None = None) -> pd.Da
     weight = weight.where(is_held, weight.shift(1))
     table = pd.DataFrame({"weight": weight.stack(), "status": status.stack()}).dropna()
     return table.rename_axis(["datetime", "instrument"])
+
+
+def parse_position(position: Mapping[Any, Any] | None = None) -> pd.DataFrame:
+    """Return positions as Qlib's table by (instrument, datetime), a sold one for another bar.
+
+    Columns: `amount`, `price` and `count_day` of the positions, `cash` of the account, `weight` of
+    the positions' value, and `status`: 1 bought on the date, 0 held before, -1 sold. A sold
+    position has the values of the bar before. Corresponds to
+    qlib/contrib/report/analysis_position/parse_position.py.
+    """
+    if not isinstance(position, Mapping):
+        raise ConfigError(
+            f"the positions are a {type(position).__name__}; expected a mapping of dates to "
+            "positions, as positions_normal_1day.pkl."
+        )
+    days: list[pd.DataFrame] = []
+    last = pd.DataFrame()
+    for date, day in position.items():
+        content = getattr(day, "position", day)
+        holdings = {name: h for name, h in content.items() if isinstance(h, Mapping)}
+        rows = pd.DataFrame.from_dict(holdings, orient="index")
+        if not rows.empty:
+            value = rows["amount"] * rows["price"]
+            status = np.where(rows.index.isin(last.index), HOLD, BUY)
+            rows = rows.assign(weight=value / value.sum(), cash=content["cash"], status=status)
+        sales = last.loc[~last.index.isin(rows.index)].assign(status=SELL)
+        days += [table.assign(datetime=date) for table in (rows, sales) if len(table)]
+        last = rows
+    if not days:
+        return pd.DataFrame()
+    table = pd.concat(days, sort=True).rename_axis("instrument").reset_index()
+    return table.set_index(["instrument", "datetime"])
 
 
 def label_table(label_data: pd.DataFrame) -> pd.Series:

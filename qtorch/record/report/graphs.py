@@ -255,8 +255,8 @@ def cumulative_return_graph(
 ) -> list[Figure] | None:
     """Graphs of what was bought, sold and held: its cumulative excess return, weight and values.
 
-    `position`: the frame of positions of a backtest (`positions_normal_1day.pkl`), or Qlib's
-    mapping of dates to positions. `report_normal`: its report (column bench). `label_data`: a frame
+    `position`: the positions of a backtest by date (`positions_normal_1day.pkl`), or their frame.
+    `report_normal`: its report (column bench). `label_data`: a frame
     of one column by datetime and instrument, the return from the date to the next. Below zero is a
     profit for what was sold. The red line is the mean of the histogram.
     """

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
+from qtorch.backtest.positions import Positions
 from qtorch.core.dates import name_bars
 from qtorch.core.errors import LoadObjectError, RecordError
 from qtorch.metrics.portfolio import concentration
@@ -70,7 +71,7 @@ def run_results(recorder: Recorder, label_col: int = 0) -> RunResults:
         ic=_load_if_present(recorder, "sig_analysis/ic.pkl"),
         rank_ic=_load_if_present(recorder, "sig_analysis/ric.pkl"),
         report=load_portfolio_report(recorder, freq),
-        positions=_load_if_present(recorder, f"{PORTFOLIO}/positions_normal_{freq}.pkl"),
+        positions=_load_positions(recorder, freq),
         freq=freq,
         periods=recorder.list_metrics().get(f"{freq}.{PERIODS}"),
     )
@@ -83,6 +84,12 @@ def load_portfolio_report(recorder: Recorder, freq: str | None = None) -> pd.Dat
         recorder, f"{PORTFOLIO}/report_normal_{freq}.pkl"
     )
     return report
+
+
+def _load_positions(recorder: Recorder, freq: str) -> pd.DataFrame | None:
+    """Load the positions of PortAnaRecord; runs of earlier versions have them as a frame."""
+    positions = _load_if_present(recorder, f"{PORTFOLIO}/positions_normal_{freq}.pkl")
+    return positions.frame if isinstance(positions, Positions) else positions
 
 
 def has_benchmark(report: pd.DataFrame) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 from qtorch.core.errors import ConfigError, DataError
 from qtorch.data.handler.handler import DataHandlerLP
-from qtorch.data.processor import PandasProcessor
+from qtorch.data.processor import FrameProcessor, PandasProcessor, ZScoreNorm
 from qtorch.data.processor.pipeline import build_processors
 
 
@@ -97,6 +97,47 @@ def test_the_config_of_a_pandas_processor_is_wrapped() -> None:
     )
     assert isinstance(processor, PandasProcessor)
     assert processor.to_config()["processor"]["kwargs"] == {"fit_end_time": "2020-01-08"}
+
+
+class Clip(FrameProcessor):
+    """A processor as Qlib's users write it, without statistics."""
+
+    def __init__(self, limit: float = 1.0) -> None:
+        self.limit = limit
+
+    def __call__(self, df: pd.DataFrame) -> pd.DataFrame:
+        df["feature"] = df["feature"].clip(-self.limit, self.limit)
+        return df
+
+
+class Shift(Clip):
+    """One with statistics of a fit window."""
+
+    def __init__(self, fit_start_time=None, fit_end_time=None) -> None:
+        super().__init__(9.0)
+        self.fit_start_time, self.fit_end_time = fit_start_time, fit_end_time
+
+    def fit(self, df: pd.DataFrame | None = None) -> None:
+        self.mean_ = df["feature"].mean().to_numpy()
+
+
+def test_a_processor_of_a_users_own_works_on_frames(frame, view) -> None:
+    (clip,) = build_processors([Clip(0.5)], "infer_processors")
+    assert isinstance(clip, PandasProcessor)
+    assert not clip.has_fit_window()
+    assert clip.get_fitted_state() is None
+    result = clip(view).frame()["feature"]
+    np.testing.assert_allclose(result, view.frame()["feature"].clip(-0.5, 0.5))
+    assert clip.to_config()["processor"] == {"_target_": f"{__name__}.Clip", "limit": 0.5}
+    shift = PandasProcessor(Shift())
+    assert shift.has_fit_window()
+    shift.fit(view)
+    assert set(shift.get_fitted_state().tensors) == {"mean_"}
+    shift.inner.config(fit_end_time="2020-01-08")
+    assert shift.inner.fit_end_time == "2020-01-08"
+    assert isinstance(ZScoreNorm(), FrameProcessor)
+    with pytest.raises(TypeError, match="abstract"):
+        FrameProcessor()
 
 
 def test_invalid_processors_raise() -> None:
