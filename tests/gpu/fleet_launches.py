@@ -47,7 +47,7 @@ def count_steps(gpu: PretendedCuda, name: str, num_members: int) -> dict[str, An
     """Return the kernels of one step of a fleet, and the waits of all its steps."""
     stage, train_step = f"{name}, {num_members} members", FleetTraining._train_step
 
-    def counted_step(self: FleetTraining, batch: Any) -> Any:
+    def counting_step(self: FleetTraining, batch: Any) -> Any:
         if self.num_rounds == 0 or batch.rows is not None:
             return train_step(self, batch)
         before, gpu.stage = gpu.stage, stage
@@ -57,7 +57,7 @@ def count_steps(gpu: PretendedCuda, name: str, num_members: int) -> dict[str, An
             gpu.stages[stage].calls += 1
             gpu.stage = before
 
-    FleetTraining._train_step = counted_step  # type: ignore[method-assign]  # restored below
+    FleetTraining._train_step = counting_step  # type: ignore[method-assign]  # restored below
     try:
         fit_fleet(build_models(name, num_members), ToyDataset(num_days=40))
     finally:
