@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from qtorch.nn import LSTM, MLP
-from qtorch.nn.stacked import member_dropout, mix_keys, stack_members
+from qtorch.nn.recurrent import GRULayers
+from qtorch.nn.stacked import member_dropout, mix_keys, stack_members, use_stacked_layers
 from qtorch.nn.stacked_layers import StackedLayers
 
 NUM_MEMBERS, NUM_ROWS, NUM_INPUTS = 3, 17, 5
@@ -87,3 +88,32 @@ def test_only_a_class_that_declares_its_chain_is_computed_as_one() -> None:
     other = MLP(d_feat=4)
     other.layers[2] = nn.LayerNorm(256)
     assert StackedLayers.from_network(other) is None
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_stacked_gru_layers_equal_those_of_torch(is_shared: bool) -> None:
+    torch.manual_seed(0)
+    layers = [GRULayers(NUM_INPUTS, 4, num_layers=2) for _ in range(NUM_MEMBERS)]
+    state = {name: t.detach().requires_grad_() for name, t in stack_members(layers).items()}
+    x = torch.randn(NUM_MEMBERS, 7, 6, NUM_INPUTS)
+    first = torch.randn(NUM_MEMBERS, 2, 7, 4, requires_grad=True)
+    x = x[0].expand_as(x) if is_shared else x.requires_grad_()
+
+    def call(values: dict[str, Tensor], inputs: Tensor, initial: Tensor) -> Any:
+        return functional_call(layers[0], values, (inputs, initial))
+
+    with use_stacked_layers():
+        dims = (0, None, 0) if is_shared else (0, 0, 0)
+        outputs, last = vmap(call, dims)(state, x[0] if is_shared else x, first)
+    inputs = [*state.values(), first, *([] if is_shared else [x])]
+    gradients = torch.autograd.grad((outputs.square().sum(), last.sum()), inputs)
+    for k, layer in enumerate(layers):
+        initial, rows = (t[k].detach().requires_grad_() for t in (first, x))
+        own_outputs, own_last = layer(rows, initial)
+        torch.testing.assert_close(outputs[k], own_outputs)
+        torch.testing.assert_close(last[k], own_last)
+        own_inputs = [*layer.parameters(), initial, *([] if is_shared else [rows])]
+        own_sums = (own_outputs.square().sum(), own_last.sum())
+        own_gradients = torch.autograd.grad(own_sums, own_inputs)
+        for expected, gradient in zip(own_gradients, gradients, strict=True):
+            torch.testing.assert_close(gradient[k], expected, rtol=1e-4, atol=1e-5)
