@@ -22,6 +22,7 @@ class MLP(Network):
     """
 
     inputs: ClassVar[Literal["window", "flat"]] = "flat"
+    layer_chain: ClassVar[str | None] = "layers"
 
     def __init__(
         self,

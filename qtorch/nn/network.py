@@ -29,6 +29,10 @@ class Network(nn.Module):
 
     `recurrent_layer` names the layer that takes the recurrent weights of a trained LSTM or GRU.
 
+    `layer_chain` names the `nn.Sequential` of a flat network that passes its inputs through it and
+    returns the `scores` of its outputs, and does nothing else. Several members of such a network
+    are then trained with fewer operations.
+
     A network stores its constructor arguments, so that `config` describes it.
     """
 
@@ -36,6 +40,7 @@ class Network(nn.Module):
     cross_section: ClassVar[bool] = False
     extras: ClassVar[tuple[str, ...]] = ()
     recurrent_layer: ClassVar[str] = "rnn"
+    layer_chain: ClassVar[str | None] = None
 
     num_outputs: int
     arguments: dict[str, Any]

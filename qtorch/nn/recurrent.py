@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qtorch.nn.network import Network
 from qtorch.nn.stacked import has_member_dropout, is_stacked
+from qtorch.nn.stacked_gru import run_gru_layer
 
 LSTMState = tuple[Tensor, Tensor]
 # From the inputs and the state of one step, both multiplied by their weights, and the state itself
@@ -86,6 +87,8 @@ class GRULayers(nn.GRU):
         if not is_stacked():
             states, (h,) = _run_kernels(self, torch.gru, x, (hx,))
             return states, h
+        if not torch.is_autocast_enabled(x.device.type):
+            return _run_gru_layers(self, x, hx)
         states, (h,) = _run_layers(self, _gru_step, x, (hx,))
         return states, h
 
@@ -174,6 +177,22 @@ def _run_layers(
         if k + 1 < layers.num_layers and layers.dropout:
             x = F.dropout(x, layers.dropout, layers.training)
     return x, tuple(torch.stack(parts) for parts in zip(*last_states, strict=True))
+
+
+def _run_gru_layers(layers: nn.GRU, x: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what `_run_layers` does for a GRU, with fewer operations; not in mixed precision."""
+    last_states = []
+    for k in range(layers.num_layers):
+        input_weights, state_weights = (
+            (getattr(layers, f"weight_{part}_l{k}"), getattr(layers, f"bias_{part}_l{k}"))
+            for part in ("ih", "hh")
+        )
+        states = run_gru_layer(x, initial[k], input_weights, state_weights)  # [T + 1, B, H]
+        last_states.append(states[-1])
+        x = states[1:].transpose(0, 1)
+        if k + 1 < layers.num_layers and layers.dropout:
+            x = F.dropout(x, layers.dropout, layers.training)
+    return x, torch.stack(last_states)
 
 
 def has_own_dropout(layers: nn.RNNBase) -> bool:

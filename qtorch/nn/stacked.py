@@ -94,13 +94,7 @@ def member_dropout(key: Tensor) -> Iterator[None]:
     def dropout(
         input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
-        if not training or p == 0.0:
-            return input
-        if p == 1.0:
-            return input * 0.0
-        bits = _hash_positions(input, key + next(calls) * _CALL_STEP)
-        is_kept = bits >= round(p * 2**32) - 2**31
-        return input * is_kept.to(input.dtype) * (1.0 / (1.0 - p))
+        return draw_dropout(input, p, key, next(calls)) if training and p > 0.0 else input
 
     def attention(query: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -143,6 +137,20 @@ def _attention_weights(
     return scores.softmax(-1)
 
 
+def draw_dropout(input: Tensor, p: float, key: Tensor, call: int) -> Tensor:
+    """Set a share `p` of the elements to zero, and scale the others up.
+
+    `key` is that of one member, or of each of K members as `[K, 1, ...]`, with as many axes as
+    `input [K, ...]`. `call` is the number of the dropout layer in the forward pass.
+    """
+    if p == 1.0:
+        return input * 0.0
+    shape = input.shape[1:] if key.dim() else input.shape
+    bits = _hash_positions(shape, key + call * _CALL_STEP)
+    is_kept = bits >= round(p * 2**32) - 2**31
+    return input * is_kept.to(input.dtype) * (1.0 / (1.0 - p))
+
+
 def mix_keys(seeds: Tensor, steps: Tensor) -> Tensor:
     """Return an int32 key `[K]` for each pair of a seed and a step, int64 `[K]` each."""
     key = (seeds * _SEED_STEP + steps * _STEP_STEP) & 0xFFFFFFFF
@@ -154,9 +162,9 @@ def mix_keys(seeds: Tensor, steps: Tensor) -> Tensor:
 _PLACE_STEP, _CALL_STEP, _STEP_STEP, _SEED_STEP = -1640531535, 739982445, 695872825, 668265263
 
 
-def _hash_positions(like: Tensor, key: Tensor) -> Tensor:
-    """Return evenly distributed int32 numbers in the shape of a tensor, a function of `key`."""
-    places = torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
+def _hash_positions(shape: torch.Size, key: Tensor) -> Tensor:
+    """Return evenly distributed int32 numbers in a shape, a function of `key`."""
+    places = torch.arange(shape.numel(), dtype=torch.int32, device=key.device).view(shape)
     return _mix(places * _PLACE_STEP + key)
 
 

@@ -43,6 +43,8 @@ HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if HAS_GPU else "cpu")
 SPEED_NETWORKS = ("lstm", "gru", "mlp", "transformer", "gats")
 FLEET_NETWORKS = ("lstm", "gru", "mlp")
+FLEET_SIZES = {"num_days": 600, "num_instruments": 800}
+SMALL_SIZES = {"num_days": 60, "num_instruments": 50}
 TWICE_NETWORKS = ("lstm", "mlp", "gats", "igmtf", "tabnet", "transformer", "tcn")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 SYNC_MESSAGE = "synchroniz"  # part of CUDA's warning
@@ -354,8 +356,7 @@ def hand_written_speeds(
 
 def check_fleet(report: Report, is_small: bool) -> None:
     """Compare fleets with single fits of the same samples, in samples per second of all members."""
-    sizes = {"num_days": 60, "num_instruments": 50} if is_small else {}
-    sizes = sizes or {"num_days": 600, "num_instruments": 800}
+    sizes = SMALL_SIZES if is_small else FLEET_SIZES
     for name in FLEET_NETWORKS[: 1 if is_small else None]:
         dataset = network_dataset(name, **sizes)
         for batch_size in (800,) if is_small else (800, 8000):
@@ -396,6 +397,49 @@ def fleet_speed(
     for error in (job.error for job in jobs if job.error is not None):
         raise error
     return num_members * float(models[0].fit_report_["samples"]) / rounds[-1]
+
+
+def check_processes(report: Report, is_small: bool) -> None:
+    """Measure separate processes that train one model each at once, as without a fleet.
+
+    The samples per second are the sum of all processes, to compare with those of a fleet.
+    """
+    for name in FLEET_NETWORKS[: 1 if is_small else None]:
+        for num_processes in (2,) if is_small else (8,):
+            speeds = process_speeds(name, 800, num_processes, is_small=is_small)
+            row = {"network": name, "batch": 800, "processes": num_processes}
+            report.add("processes", {**row, "all": sum(speeds), "slowest": min(speeds)})
+
+
+def process_speeds(
+    name: str, batch_size: int, num_processes: int, *, is_small: bool
+) -> list[float]:
+    """Return the samples per second of each of several processes that train at the same time."""
+    program = [sys.executable, str(Path(__file__).with_name("one_of_many.py")), name]
+    with tempfile.TemporaryDirectory() as folder:
+        options = [folder, *(["--small"] if is_small else [])]
+        processes = [
+            subprocess.Popen(
+                [*program, str(batch_size), str(seed), *options], stdout=subprocess.PIPE, text=True
+            )
+            for seed in range(num_processes)
+        ]
+        try:
+            while len(list(Path(folder).glob("ready-*"))) < num_processes:
+                _raise_failure(processes)
+                time.sleep(0.05)
+            Path(folder, "go").touch()
+            outputs = [process.communicate(timeout=120)[0] for process in processes]
+            _raise_failure(processes)
+        finally:
+            for process in processes:
+                process.kill()
+    return [float(output.split()[-1]) for output in outputs]
+
+
+def _raise_failure(processes: list[subprocess.Popen[str]]) -> None:
+    if any(process.poll() for process in processes):
+        raise RuntimeError("a process failed; its message is above.")
 
 
 def check_gather(report: Report, is_small: bool) -> None:
@@ -486,6 +530,7 @@ SECTIONS: dict[str, tuple[Section, int]] = {  # with the seconds that each may t
     "memory": (check_memory, 15),
     "speed": (check_speed, 75),
     "fleet": (check_fleet, 45),
+    "processes": (check_processes, 60),
     "gather": (check_gather, 15),
     "features": (check_features, 35),
     "tests": (run_gpu_tests, 70),

@@ -669,6 +669,9 @@ def replace_torch_functions(gpu: PretendedCuda) -> list[Callable[[], None]]:
     # A wrapped tensor has no inference mode; without gradients it is the same program.
     replace(torch, "inference_mode", lambda mode=True: torch.no_grad())
     replace(sys.modules["qtorch.data.threads"], "ThreadPoolExecutor", DeviceThreads)
+    from qtorch.model.fleet.jobs import Job
+
+    replace(Job, "_run", _run_on_device(Job._run))
     replace(nn.functional, "scaled_dot_product_attention", _attention)
     for owner in (torch, torch._VF):
         replace(owner, "lstm", _recurrent_layer(Cudnn.LSTM))
@@ -692,6 +695,15 @@ class DeviceThreads(ThreadPoolExecutor):
                 return function(*arguments)
 
         return super().map(run, *parts, **options)
+
+
+def _run_on_device(run: Any) -> Any:
+    def run_on_device(self: Any) -> None:  # the jobs of a fleet run in threads of their own
+        torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]  # of each thread
+        with ThreadDevice():
+            run(self)
+
+    return run_on_device
 
 
 def _cpu_generator(generator_class: Any) -> Any:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Without those that start further processes.
-SECTIONS = ["machine", "networks", "twice", "speed", "fleet", "gather", "features"]
+# Without those that start many further processes.
+SECTIONS = ["machine", "networks", "twice", "speed", "fleet", "processes", "gather", "features"]
 
 
 @pytest.mark.slow
@@ -37,6 +37,8 @@ def test_dry_run_of_the_check_writes_both_reports(tmp_path: Path) -> None:
     (speed,) = report["samples per second"]
     assert speed["fit"] > 0
     assert speed["by hand"] > 0
+    (processes,) = report["processes"]
+    assert processes["all"] > processes["slowest"] > 0
     assert report["Alpha158"][0]["value"] == 0
     table = (tmp_path / "report" / "gpu_check.md").read_text()
     assert table in process.stdout

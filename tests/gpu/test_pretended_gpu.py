@@ -145,6 +145,17 @@ def test_features_start_few_kernels_and_wait_only_for_their_copy() -> None:
     assert 0.9 * limit <= counts["kernels"] <= 1.02 * limit + 3
 
 
+def test_a_fleet_waits_for_nothing_and_its_launches_do_not_grow_with_members() -> None:
+    process = run_program("tests/gpu/fleet_launches.py")
+    assert process.returncode == 0, process.stderr[-3000:]
+    report = json.loads(process.stdout)
+    assert set(report["steps"]) == {"MLP", "GRU", "Transformer"}
+    for name, counts in report["steps"].items():
+        assert not any(c["waits"] for c in counts.values()), (name, counts)
+        assert counts["2"]["kernels"] == counts["4"]["kernels"] > 0, (name, counts)
+    assert all(0 <= d < 1e-5 for d in report["differences"].values()), report["differences"]
+
+
 def test_a_stream_that_does_not_wait_for_another_is_noticed() -> None:
     process = run_program("tests/gpu/stream_order.py")
     assert process.returncode == 0, process.stderr[-3000:]

@@ -24,6 +24,7 @@ from qtorch.model.loop import options
 from qtorch.model.loop.checkpoint import CALLBACK_STATE_KEY, LAST, read_checkpoint
 from qtorch.model.loop.factories import component_list, optimizer_factory
 from qtorch.model.loop.schedules import TrainingLength, WarmupCosine, complete_plan, scheduler_plan
+from qtorch.model.loop.training import quiet_lightning
 
 LIGHTNING = "pytorch_lightning.callbacks"
 
@@ -605,3 +606,20 @@ def test_lightning_judges_equal_trainer_arguments_once(monkeypatch) -> None:
     for log_every_n_steps in (937, 937, 938):
         make_model(trainer={"log_every_n_steps": log_every_n_steps}).check_settings()
     assert len(trainers) == 2
+
+
+def test_a_silence_of_lightning_within_another_changes_no_level(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("pytorch_lightning", "lightning_fabric", "pytorch_lightning.callbacks")
+    loggers = [logging.getLogger(name) for name in names]
+    initial_levels = [logger.level for logger in loggers]
+    with quiet_lightning():
+        changes: list[int] = []
+        monkeypatch.setattr(logging.Logger, "setLevel", lambda self, level: changes.append(level))
+        with quiet_lightning():  # a change of a level clears the caches of all loggers
+            pass
+        monkeypatch.undo()
+        assert changes == []
+        assert loggers[2].level == logging.INFO
+    assert [logger.level for logger in loggers] == initial_levels

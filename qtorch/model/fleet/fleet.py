@@ -97,10 +97,11 @@ class Fleet:
         self._pending.extend(jobs)
         self.display = FleetDisplay(len(jobs))
         try:
-            while self._pending or self._parked:
-                self._start_jobs()
-                if self._parked:
-                    self._train_group()
+            with quiet_lightning():  # once: each change of a level takes milliseconds
+                while self._pending or self._parked:
+                    self._start_jobs()
+                    if self._parked:
+                        self._train_group()
         except KeyboardInterrupt as stop:
             self._stop_jobs(stop)
             raise
@@ -214,7 +215,6 @@ class Fleet:
         recipe = first.inputs.recipe
         with (
             preserve_generators(),
-            quiet_lightning(),
             numerical_settings(recipe.trainer, recipe.matmul_precision),
             self.display.on_screen(is_enabled=recipe.trainer.shows_progress_bar),
             Interruption() as interruption,

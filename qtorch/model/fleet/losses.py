@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.transfer import send_to_device
+from qtorch.metrics.loss import Loss
 from qtorch.model.fleet.calls import call_for_members
 from qtorch.model.fleet.member import Member
 from qtorch.model.loop.module import ScoreModule
@@ -62,8 +63,10 @@ class MemberLosses:
         groups, order = self._group(members)
         parts = []
         for text, rows in groups:
-            module, part = self._modules[text], labels
-            if not is_shared:
+            module, part, group_scores = self._modules[text], labels, scores
+            if len(groups) > 1:
+                group_scores = scores.index_select(0, rows)
+            if len(groups) > 1 and not is_shared:
                 part = {name: t.index_select(0, rows) for name, t in labels.items()}
 
             def sums_of_member(
@@ -74,10 +77,15 @@ class MemberLosses:
             ) -> tuple[Tensor, Tensor]:
                 return member_sums(module, score, values, is_complete=is_complete)
 
-            arguments: tuple[Any, ...] = {}, scores.index_select(0, rows), part
+            if is_complete and (sums := _complete_sums(module.loss, group_scores, part)):
+                parts.append(sums)
+                continue
+            arguments: tuple[Any, ...] = {}, group_scores, part
             parts.append(
                 call_for_members(sums_of_member, arguments, (0, 0, None if is_shared else 0), rows)
             )
+        if len(parts) == 1:
+            return parts[0]
         total, weight = (
             torch.cat(each).index_select(0, order) for each in zip(*parts, strict=True)
         )
@@ -97,6 +105,25 @@ class MemberLosses:
             ]
             self._groups[key] = groups, send_to_device(all_places.argsort(), self.device)
         return self._groups[key]
+
+
+def _complete_sums(
+    loss: Any, scores: Tensor, tensors: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """Return loss sums `[K]` and weight sums `[K]` of labels that are all there, without `vmap`.
+
+    `tensors` have a member axis. None for a loss that is not one of single elements.
+    """
+    is_elementwise = isinstance(loss, Loss) and type(loss).sums is Loss.sums
+    if not is_elementwise or tensors.keys() & {"weight", "mask"}:
+        return None
+    target = tensors["y"]
+    if target.shape[-1] == 1 and scores.dim() < target.dim():
+        target = target[..., 0]
+    if scores.shape != target.shape:
+        return None
+    sums = loss.elementwise(scores, target).flatten(1).sum(1)
+    return sums, torch.full_like(sums, float(target[0].numel()))
 
 
 def member_sums(

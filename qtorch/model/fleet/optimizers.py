@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.adam import adam
 
 from qtorch.model.fleet.stack import Layout
 
@@ -155,6 +156,9 @@ class StackedAdam(StackedOptimizer):
         moments: Mapping[str, Tensor],
         factors: Mapping[str, Tensor],
     ) -> None:
+        if weights.device.type == "cpu" and factors["lr"].shape[1] == 1:
+            self._step_rows(weights, gradients, moments, factors)
+            return
         lr, decay = factors["lr"], factors["weight_decay"]
         beta1, beta2 = factors["beta1"], factors["beta2"]
         steps, mean, square = moments[STEPS], moments["exp_avg"], moments["exp_avg_sq"]
@@ -174,6 +178,41 @@ class StackedAdam(StackedOptimizer):
         step_size = (lr / correction1).float()
         scale = largest.sqrt().div_(correction2.float()).add_(factors["eps"])
         weights.addcdiv_(mean * -step_size, scale)
+
+    def _step_rows(
+        self,
+        weights: Tensor,
+        gradients: Tensor,
+        moments: Mapping[str, Tensor],
+        factors: Mapping[str, Tensor],
+    ) -> None:
+        """Update with torch's fused kernel, which passes over each row once, as a CPU likes it.
+
+        A row is a tensor of its own, so that its numbers do not depend on the other rows.
+        """
+        members: dict[tuple[float, ...], list[int]] = {}
+        values = torch.cat([factors[name] for name in self.names], 1).tolist()
+        for row, numbers in enumerate(values):
+            members.setdefault(tuple(numbers), []).append(row)
+        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        tensors = [weights, gradients, *(moments[n] for n in names if n in moments), moments[STEPS]]
+        rows = [tensor.unbind() for tensor in tensors]
+        for (lr, weight_decay, eps, beta1, beta2), places in members.items():
+            *parts, steps = ([each[k] for k in places] for each in rows)
+            adam(
+                *parts,
+                *([] if self.amsgrad else [[]]),
+                steps,
+                fused=True,
+                decoupled_weight_decay=self.is_decoupled,
+                amsgrad=self.amsgrad,
+                beta1=beta1,
+                beta2=beta2,
+                lr=lr,
+                weight_decay=weight_decay,
+                eps=eps,
+                maximize=False,
+            )
 
 
 STACKED: dict[type[Optimizer], type[StackedAdam] | type[StackedSGD]] = {

@@ -19,7 +19,7 @@ from qtorch.data.dataset.batch import Batch
 from qtorch.metrics.ic import ICMeter
 from qtorch.metrics.loss import mean_from_sums
 from qtorch.model.fleet.batches import FleetLoader, MemberBatch
-from qtorch.model.fleet.calls import call_for_members, call_for_one
+from qtorch.model.fleet.calls import call_as_two, call_for_members, call_for_one
 from qtorch.model.fleet.losses import MemberLosses, member_sums
 from qtorch.model.fleet.member import Member
 from qtorch.model.fleet.optimizers import STACKED, STEPS, StackedOptimizer
@@ -36,14 +36,16 @@ from qtorch.model.loop.progress import (
 )
 from qtorch.model.loop.scoring import get_readout
 from qtorch.nn.stacked import member_dropout, mix_keys, use_stacked_layers
+from qtorch.nn.stacked_layers import StackedLayers
 from qtorch.process.heartbeat import beat
 
 log = logging.getLogger(__name__)
 
 # Bytes of the layer outputs of the members that a CPU computes at once: what its cache holds. For
-# recurrent layers it is less, because torch's kernel for one member is faster than the loop over
-# steps for several, unless both are tiny.
-CACHE_BYTES, RECURRENT_CACHE_BYTES = 4 << 20, 128 << 10
+# an LSTM it is less, because torch's kernel for one member is faster than the loop over steps for
+# several, unless both are tiny. The loop of a GRU for four members of a few hundred samples is
+# faster than its kernel for each.
+CACHE_BYTES, LSTM_CACHE_BYTES, GRU_CACHE_BYTES = 4 << 20, 128 << 10, 10 << 20
 BATCH_TENSORS = ("x", "date", "instrument", "y", "weight", "mask")
 
 
@@ -74,6 +76,9 @@ class FleetTraining:
             devices=1 if device.type == "cpu" else [device.index or 0],
             precision=options.arguments.get("precision") or "32-true",
         )
+        self.layers: StackedLayers | None = None
+        if options.arguments.get("precision") != "bf16-mixed":
+            self.layers = StackedLayers.from_network(first.network)
         self.losses = MemberLosses(first.network, device)
         self.readout = get_readout(first.loss)
         self.clip_algorithm = options.clip_algorithm
@@ -82,8 +87,7 @@ class FleetTraining:
         self.optimizer: StackedOptimizer = optimizer_class(self.layout, device, first.template)
         self.is_complete = _has_all_labels(first)
         self.width = _widest_layer(first.network, first.train.num_features)
-        is_recurrent = any(isinstance(m, nn.RNNBase) for m in first.network.modules())
-        self.cache_bytes = RECURRENT_CACHE_BYTES if is_recurrent else CACHE_BYTES
+        self.cache_bytes = _cache_bytes(first.network)
         stack = MemberStack.from_networks(self.layout, [first.network], self.moments, device)
         self.stack = stack.select(torch.zeros(0, dtype=torch.int64, device=device))
         self.best = self.stack.clone()
@@ -238,21 +242,20 @@ class FleetTraining:
 
     def _gradients(self, stack: MemberStack, step: MemberBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss sums `[K]`, weight sums `[K]` and gradients `[K, P]` of the mean losses."""
-        seeds = self.seeds if step.rows is None else self.seeds.index_select(0, step.rows)
-        keys = mix_keys(seeds, stack.moments[STEPS][:, 0].long())
+        keys = self._dropout_keys(stack, step)
         batch, parts = self._with_day_labels(step), []
         chunks, is_single = self._chunks(len(step.members), batch.x.shape[1:-1])
         for places in chunks:
             weights = stack.weights[places].detach().requires_grad_()
             buffers = {name: tensor[places] for name, tensor in stack.buffers.items()}
-            part = batch.map_tensors(itemgetter(places))
+            part = batch if len(chunks) == 1 else batch.map_tensors(itemgetter(places))
             total, weight, _ = self._sums(
                 weights,
                 buffers,
                 part,
                 step.members[places],
                 is_single=is_single,
-                dropout_keys=keys[places],
+                dropout_keys=None if keys is None else keys[places],
             )
             loss = mean_from_sums(total, weight)
             (gradients,) = torch.autograd.grad(loss.sum(), weights)
@@ -261,6 +264,13 @@ class FleetTraining:
             return parts[0]
         totals, all_weights, all_gradients = (torch.cat(each) for each in zip(*parts, strict=True))
         return totals, all_weights, all_gradients
+
+    def _dropout_keys(self, stack: MemberStack, step: MemberBatch) -> Tensor | None:
+        """Return the key `[K]` of each member's dropout masks; None if there is no dropout."""
+        if self.layers is not None and not self.layers.has_dropout:
+            return None
+        seeds = self.seeds if step.rows is None else self.seeds.index_select(0, step.rows)
+        return mix_keys(seeds, stack.moments[STEPS][:, 0].long())
 
     def _chunks(self, num_members: int, row_shape: Sequence[int]) -> tuple[list[slice], bool]:
         """Return which members are computed at once: all, or on a CPU what its cache holds.
@@ -338,14 +348,33 @@ class FleetTraining:
                 results = call_for_one(sums_of_member, arguments, dims)
                 return results
             with use_stacked_layers():
-                if len(modules) == 1:
+                if self.layers is not None:
+                    scores = self._chain_scores(arguments[0], dropout_keys, batch, is_shared)
+                elif len(modules) == 1:
                     results = call_for_members(sums_of_member, arguments, dims, weights)
                     return results
-                scores = call_for_members(scores_of_member, arguments, dims, weights)
+                else:
+                    scores = call_for_members(scores_of_member, arguments, dims, weights)
             total, weight = self.losses.sums(
                 members, scores, tensors, is_shared=is_shared, is_complete=is_complete
             )
             return total, weight, scores
+
+    def _chain_scores(
+        self, state: dict[str, Tensor], keys: Tensor | None, batch: Batch, is_shared: bool
+    ) -> Tensor:
+        """Return the scores `[K, ...]` of a network that is a chain of layers."""
+        assert self.layers is not None
+        num_members = len(next(iter(state.values())))
+        shape = batch.date.shape if is_shared else batch.date.shape[1:]
+        x = batch.x.transpose(-1, -2).flatten(-2)  # [K, ..., F * T], feature by feature
+        x = x.expand(num_members, *x.shape) if is_shared else x
+        arguments = state, x.flatten(1, -2), keys
+        if num_members > 1 or x.device.type != "cpu":
+            scores = self.layers(*arguments)
+        else:
+            scores = call_as_two(self.layers, arguments, (0, 0, None if keys is None else 0))
+        return scores.unflatten(1, shape)
 
     # -- validation ----------------------------------------------------------------------------
 
@@ -437,6 +466,15 @@ class FleetTraining:
         self._keep([k for k in range(len(self.members)) if k not in set(places)])
         self._build_loaders()
         return finished_members
+
+
+def _cache_bytes(network: nn.Module) -> int:
+    """Return the bytes of layer outputs that a CPU computes at once."""
+    recurrent_layers = [m for m in network.modules() if isinstance(m, nn.RNNBase)]
+    if not recurrent_layers:
+        return CACHE_BYTES
+    has_only_grus = all(isinstance(m, nn.GRU) for m in recurrent_layers)
+    return GRU_CACHE_BYTES if has_only_grus else LSTM_CACHE_BYTES
 
 
 def _widest_layer(network: nn.Module, num_features: int) -> int:

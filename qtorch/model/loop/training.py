@@ -531,14 +531,15 @@ def quiet_lightning() -> Iterator[None]:
     These are its greetings (devices, why it stopped) and warnings about what is intended here, such
     as a dataset without a valid segment.
     """
-    loggers = [logging.getLogger(n) for n in LIGHTNING_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        _set_level(logger, max(logging.WARNING, logger.level))
+    quiet_loggers = [logging.getLogger(n) for n in LIGHTNING_LOGGERS]
     # What the user has asked for: model summaries, verbose callbacks, reports of profilers.
     shown_loggers = [logging.getLogger(n) for n in SHOWN_LOGGERS]
+    loggers = [*quiet_loggers, *shown_loggers]
+    levels = [logger.level for logger in loggers]
+    for logger in quiet_loggers:
+        _set_level(logger, max(logging.WARNING, logger.level))
     for logger in shown_loggers:
-        logger.setLevel(logging.INFO)
+        _set_level(logger, logging.INFO)
     try:
         with warnings.catch_warnings():
             for pattern in IGNORED_WARNINGS:
@@ -547,8 +548,6 @@ def quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             _set_level(logger, level)
-        for logger in shown_loggers:
-            logger.setLevel(logging.NOTSET)
 
 
 def _set_level(logger: logging.Logger, level: int) -> None:
