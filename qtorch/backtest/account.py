@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -14,6 +14,9 @@ _NO_INDICES: Indices = np.zeros(0, dtype=np.intp)
 # Qlib treats a sale as a sale of the whole position within these tolerances (numpy's isclose).
 RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-5, 1e-8
 
+# The rows of `Account.money`.
+MONEY = ("cash", "unsettled", "total_cost", "total_turnover", "lending_fee")
+
 
 def is_close(amount: Floats, position: Floats) -> Bools:
     """Whether amounts equal the positions up to rounding errors."""
@@ -24,23 +27,32 @@ def is_close(amount: Floats, position: Floats) -> Bools:
 class Account:
     """Cash and positions of M members over N instruments, updated bar by bar.
 
-    `cash [M]` can be spent now; `unsettled_cash [M]` becomes cash at the end of the bar (used only
-    with `settle_cash`). `amount [M, N]` are adjusted shares, negative for short positions; `price
-    [M, N]` is the last close, NaN without a position; `count [M, N]` is the number of bars that
-    the position has been held. `cost`, `turnover` and `lending_fee [M]` are the totals since the
-    start; `cost` includes the lending fee.
+    `amount [M, N]` are adjusted shares, negative for short positions. `last_price [N]` is the last
+    close of each instrument since the start, before it the price of the initial position: all
+    members value a position by it. `num_bars` counts the bars that were closed, and `opening_bar
+    [M, N]` is what it was when a position was opened. `cash [M]` can be spent now; `unsettled_cash
+    [M]` becomes cash at the end of the bar (used only with `settle_cash`). `cost`, `turnover` and
+    `lending_fee [M]` are the totals since the start; `cost` includes the lending fee. These five
+    are the rows of `money [5, M]`.
     """
 
-    cash: Floats
     amount: Floats
-    price: Floats
-    count: NDArray[np.int32]
+    last_price: Floats
+    opening_bar: NDArray[np.int32]
     settle_cash: bool
+    cash: Floats
     unsettled_cash: Floats
     cost: Floats
     turnover: Floats
     lending_fee: Floats
+    num_bars: int = 0
+    money: Floats = field(init=False)
     _places: Indices | None = None  # those of `places()`, until a position is opened or closed
+
+    def __post_init__(self) -> None:
+        parts = (self.cash, self.unsettled_cash, self.cost, self.turnover, self.lending_fee)
+        self.money = np.stack(parts)
+        self.cash, self.unsettled_cash, self.cost, self.turnover, self.lending_fee = self.money
 
     @classmethod
     def create(
@@ -49,15 +61,12 @@ class Account:
         """Create M equal accounts with cash and an initial portfolio (`[N]`, zeros for none)."""
         shape = (num_members, len(amount))
         return cls(
-            np.full(num_members, float(cash)),
             np.broadcast_to(amount, shape).copy(),
-            np.broadcast_to(price, shape).copy(),
+            price.copy(),
             np.zeros(shape, dtype=np.int32),
             settle_cash,
-            np.zeros(num_members),
-            np.zeros(num_members),
-            np.zeros(num_members),
-            np.zeros(num_members),
+            np.full(num_members, float(cash)),
+            *np.zeros((len(MONEY) - 1, num_members)),
         )
 
     @property
@@ -66,10 +75,25 @@ class Account:
         is_held: Bools = self.amount != 0
         return is_held
 
+    @property
+    def price(self) -> Floats:
+        """`[M, N]`: the last close, NaN without a position."""
+        return np.where(self.is_held, self.last_price, np.nan)
+
+    @property
+    def count(self) -> NDArray[np.int32]:
+        """`[M, N]`: the number of bars that the position has been held."""
+        return np.where(self.is_held, self.num_bars - self.opening_bar, 0).astype(np.int32)
+
+    def count_bars(self, places: Indices) -> NDArray[np.int32]:
+        """The number of bars that the positions at places of `[M, N]` have been held."""
+        count: NDArray[np.int32] = self.num_bars - self.opening_bar.reshape(-1)[places]
+        return count
+
     def places(self) -> Indices:
         """The places of all positions in the flattened `[M, N]` arrays, in ascending order."""
         if self._places is None:
-            self._places = (self.amount.ravel() != 0).nonzero()[0]
+            self._places = (self.amount.reshape(-1) != 0).nonzero()[0]
         return self._places
 
     def count_positions(self) -> Indices:
@@ -82,10 +106,15 @@ class Account:
     def holdings(self) -> Floats:
         """`[M]`: the value of the positions at their last close."""
         places = self.places()
-        value = self.amount.ravel()[places] * self.price.ravel()[places]
-        return self.sum_by_member(places, value)
+        return self._sum_by_member(places, self._values(places))
 
-    def sum_by_member(self, places: Indices, values: Floats) -> Floats:
+    def _values(self, places: Indices) -> Floats:
+        """The values of positions at their last close."""
+        values: Floats = self.amount.reshape(-1)[places]
+        values *= self.last_price[places % len(self.last_price)]
+        return values
+
+    def _sum_by_member(self, places: Indices, values: Floats) -> Floats:
         """Sum the values of positions to `[M]`, in the order of the places."""
         num_members, num_instruments = self.amount.shape
         sums: Any = np.bincount(places // num_instruments, values, num_members)
@@ -97,21 +126,22 @@ class Account:
         return self.holdings() + (self.cash + self.unsettled_cash)
 
     def buy(
-        self, member: Indices, instrument: Indices, value: Floats, cost: Floats, price: Floats
+        self, member: Indices, place: Indices, shares: Floats, value: Floats, cost: Floats
     ) -> None:
-        """Book executed purchases; each (member, instrument) pair occurs at most once."""
-        self._change_positions(member, instrument, value / price, price)
-        np.subtract.at(self.cash, member, value + cost)  # one by one, in the order of the trades
-        if self.cash.min() < 0:
+        """Book executed purchases at places of `[M, N]`; each place occurs at most once."""
+        self._change_positions(place, shares)
+        cash = self.cash
+        np.subtract.at(cash, member, value + cost)  # one by one, in the order of the trades
+        if np.minimum.reduce(cash) < 0:
             # A purchase that spends all of the cash can leave a rounding error below zero.
-            self.cash[(self.cash < 0) & (self.cash > -1e-9 * np.abs(self.turnover + 1))] = 0.0
+            cash[(cash < 0) & (cash > -1e-9 * np.abs(self.turnover + 1))] = 0.0
         self._add_totals(member, value, cost)
 
     def sell(
-        self, member: Indices, instrument: Indices, value: Floats, cost: Floats, price: Floats
+        self, member: Indices, place: Indices, shares: Floats, value: Floats, cost: Floats
     ) -> None:
-        """Book executed sales; each (member, instrument) pair occurs at most once."""
-        self._change_positions(member, instrument, -value / price, price)
+        """Book executed sales at places of `[M, N]`; each place occurs at most once."""
+        self._change_positions(place, -shares)
         np.add.at(self.unsettled_cash if self.settle_cash else self.cash, member, value - cost)
         self._add_totals(member, value, cost)
 
@@ -120,35 +150,32 @@ class Account:
         value = self.amount[member, instrument] * price
         np.add.at(self.unsettled_cash if self.settle_cash else self.cash, member, value)
         self.amount[member, instrument] = 0.0
-        self.price[member, instrument] = np.nan
-        self.count[member, instrument] = 0
         self._places = None
 
     def charge_lending_fee(self, rate: float) -> None:
         """Charge a fraction of the value of the short positions at their last close."""
         places = self.places()
-        value = self.amount.ravel()[places] * self.price.ravel()[places]
-        fee = self.sum_by_member(places, np.maximum(-value, 0.0)) * rate
+        fee = self._sum_by_member(places, np.maximum(-self._values(places), 0.0)) * rate
         self.cash -= fee
         self.cost += fee
         self.lending_fee += fee
 
-    def _change_positions(
-        self, member: Indices, instrument: Indices, shares: Floats, price: Floats
-    ) -> None:
+    def _change_positions(self, place: Indices, shares: Floats) -> None:
         """Add shares to positions; a position that is nearly zero afterwards is closed."""
-        place = member * self.amount.shape[1] + instrument
         amount = self.amount.reshape(-1)
         position = amount[place]
-        new_position = np.where(is_close(-shares, position), 0.0, position + shares)
-        amount[place] = new_position
-        opened, closed = place[position == 0], place[new_position == 0]
-        if len(opened):
-            self.price.reshape(-1)[opened] = price[position == 0]
+        rest = position + shares
+        is_closed = np.abs(rest) <= ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * np.abs(position)
+        num_closed = np.count_nonzero(is_closed)
+        if num_closed:
+            rest[is_closed] = 0.0
             self._places = None
-        if len(closed):
-            self.price.reshape(-1)[closed] = np.nan
-            self.count.reshape(-1)[closed] = 0
+        amount[place] = rest
+        if num_closed == len(place):
+            return
+        is_opened = position == 0
+        if np.count_nonzero(is_opened):
+            self.opening_bar.reshape(-1)[place[is_opened]] = self.num_bars
             self._places = None
 
     def _add_totals(self, member: Indices, value: Floats, cost: Floats) -> None:
@@ -157,14 +184,8 @@ class Account:
 
     def close_bar(self, close: Floats) -> None:
         """Mark positions to the bar's closes (`[N]`, NaN if suspended) and count one more bar."""
-        places = self.places()
-        marks = close[places % self.amount.shape[1]]
-        has_close = ~np.isnan(marks)
-        if has_close.all():
-            self.price.reshape(-1)[places] = marks
-        else:
-            self.price.reshape(-1)[places[has_close]] = marks[has_close]
-        self.count.reshape(-1)[places] += 1
+        np.copyto(self.last_price, close, where=np.equal(close, close))  # not NaN
+        self.num_bars += 1
 
     def settle(self) -> None:
         """Make unsettled cash available."""
@@ -179,7 +200,7 @@ class Orders:
 
     `member [K]` and `instrument [K]` are indices, `amount [K]` adjusted shares (zero or more),
     `buying [K]` is True for purchases. A member may have at most one purchase and one sale per
-    instrument. `head` are the first of these orders, to which `append` added purchases alone.
+    instrument. `head` and `tail` are the sales, and the purchases that `append` added to them.
     """
 
     member: Indices
@@ -187,6 +208,7 @@ class Orders:
     amount: Floats
     buying: Bools
     head: Orders | None = None
+    tail: Orders | None = None
 
     @classmethod
     def empty(cls) -> Self:
@@ -203,12 +225,13 @@ class Orders:
         """These orders followed by the other orders."""
         if not len(orders.member):
             return self
+        is_split = orders.buying.all() and not self.buying.any()
         return type(self)(
             np.concatenate((self.member, orders.member)),
             np.concatenate((self.instrument, orders.instrument)),
             np.concatenate((self.amount, orders.amount)),
             np.concatenate((self.buying, orders.buying)),
-            self if orders.buying.all() else None,
+            *((self, orders) if is_split else (None, None)),
         )
 
     def select(self, mask: Bools) -> Self:
@@ -237,7 +260,29 @@ class Fills:
         price.fill(np.nan)
         return cls(np.zeros(count), price, np.zeros(count), np.zeros(count))
 
-    def copy_rows(self, fills: Fills, rows: Indices) -> None:
-        """Write these fills to rows of the fills of more orders."""
+    def spread(self, rows: Indices, count: int) -> Fills:
+        """The fills of `count` orders, of which only `rows` were executed, like this."""
+        if len(rows) == count:
+            return self
+        fills = Fills.empty(count)
         fills.amount[rows], fills.price[rows] = self.amount, self.price
         fills.value[rows], fills.cost[rows] = self.value, self.cost
+        return fills
+
+    def append(self, fills: Fills) -> Fills:
+        """These fills followed by the other fills."""
+        return Fills(
+            np.concatenate((self.amount, fills.amount)),
+            np.concatenate((self.price, fills.price)),
+            np.concatenate((self.value, fills.value)),
+            np.concatenate((self.cost, fills.cost)),
+        )
+
+    def combine(self, mask: Bools, other: Fills) -> Fills:
+        """These fills where `mask [K]` is True, else the other fills."""
+        return Fills(
+            np.where(mask, self.amount, other.amount),
+            np.where(mask, self.price, other.price),
+            np.where(mask, self.value, other.value),
+            np.where(mask, self.cost, other.cost),
+        )

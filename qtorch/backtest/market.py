@@ -90,30 +90,22 @@ class Market:
         the cost. Purchases are reduced to the available cash, and sales to the position unless
         `allow_short`.
         """
-        fills = Fills.empty(len(orders.amount))
         if not len(orders.amount):
-            return fills
-        for buying in (True, False) if buy_first else (False, True):
-            preview = self._preview
-            if (
-                preview
-                and preview.sales is orders.head
-                and not (buying or buy_first or allow_short)
-            ):
-                trades, executed = preview.trades, preview.fills
-                _book_fills(account.sell, trades, executed.value, executed.cost)
-                executed.copy_rows(fills, preview.rows)
-                continue
-            rows = self._tradable_orders(orders, buying)
-            if len(rows):
-                trades = self._size_trades(
-                    orders, rows, buying, account, traded_today, allow_short=allow_short
-                )
-                executed = self._book_trades(trades, account)
-                executed.copy_rows(fills, rows)
-                if self.quotes.buy_volume or self.quotes.sell_volume:
-                    traded_today[trades.member, trades.instrument] += executed.amount
-        return fills
+            return Fills.empty(0)
+        if orders.head is not None and orders.tail is not None and not buy_first:
+            # All of the purchases are in the tail.
+            if self._preview and self._preview.sales is orders.head and not allow_short:
+                sold = self._book_preview(self._preview, account)
+            else:
+                sold = self._execute_side(orders.head, False, account, traded_today, allow_short)
+            bought = self._execute_side(orders.tail, True, account, traded_today, allow_short)
+            return sold.append(bought)
+        sides = [
+            self._execute_side(orders, buying, account, traded_today, allow_short)
+            for buying in ((True, False) if buy_first else (False, True))
+        ]
+        bought, sold = sides if buy_first else sides[::-1]
+        return bought.combine(orders.buying, sold)
 
     def preview_sales(
         self,
@@ -141,11 +133,32 @@ class Market:
             executed = Fills(value / trades.price, trades.price, value, cost)
             if not (self.quotes.sell_volume or allow_short):
                 self._preview = _Preview(sales, rows, trades, executed)
-        if len(rows) == len(sales.amount):
-            return executed
-        fills = Fills.empty(len(sales.amount))
-        executed.copy_rows(fills, rows)
-        return fills
+        return executed.spread(rows, len(sales.amount))
+
+    def _book_preview(self, preview: _Preview, account: Account) -> Fills:
+        """Book sales whose fills do not depend on what else was traded since they were asked."""
+        _book_fills(account.sell, preview.trades, preview.fills)
+        return preview.fills.spread(preview.rows, len(preview.sales.amount))
+
+    def _execute_side(
+        self,
+        orders: Orders,
+        buying: bool,
+        account: Account,
+        traded_today: Floats,
+        allow_short: bool,
+    ) -> Fills:
+        """Execute and book the orders of one side; the others count as not executed."""
+        rows = self._tradable_orders(orders, buying)
+        if not len(rows):
+            return Fills.empty(len(orders.amount))
+        trades = self._size_trades(
+            orders, rows, buying, account, traded_today, allow_short=allow_short
+        )
+        executed = self._book_trades(trades, account)
+        if self.quotes.buy_volume or self.quotes.sell_volume:
+            traded_today[trades.member, trades.instrument] += executed.amount
+        return executed.spread(rows, len(orders.amount))
 
     def _tradable_orders(self, orders: Orders, buying: bool) -> Indices:
         """The rows of the orders of one side whose instruments can be traded."""
@@ -164,19 +177,22 @@ class Market:
         allow_short: bool,
     ) -> _Trades:
         """The trades of orders of one side: their amounts within the volume and the position."""
-        member, instrument = orders.member[rows], orders.instrument[rows]
+        if len(rows) < len(orders.amount):
+            orders = orders.select(rows)
+        member, instrument, amount = orders.member, orders.instrument, orders.amount
         prices = self.quotes.buy_price if buying else self.quotes.sell_price
-        price, amount = prices[self.row][instrument], orders.amount[rows]
+        price = prices[self.row][instrument]
         for limit in self.quotes.buy_volume if buying else self.quotes.sell_volume:
             max_amount = np.nan_to_num(limit.amount[self.row, instrument], nan=0.0)
             if limit.cumulative and traded_today is not None:
                 max_amount = max_amount - traded_today[member, instrument]
             amount = np.clip(amount, 0.0, np.maximum(max_amount, 0.0))
-        ratio = self._cost_ratio(amount * price, price, instrument, buying)
+        ratio = self._cost_ratio(amount, price, instrument, buying)
+        place = member * account.amount.shape[1] + instrument
         if not buying:
-            position = account.amount[member, instrument]
+            position = account.amount.reshape(-1)[place]
             amount = self._cap_to_position(amount, position, instrument, allow_short)
-        return _Trades(member, instrument, amount, price, ratio, buying)
+        return _Trades(member, instrument, place, amount, price, ratio, buying)
 
     def _book_trades(self, trades: _Trades, account: Account) -> Fills:
         """Book the trades of one side and return their fills.
@@ -188,8 +204,9 @@ class Market:
         value, cost = price_trades(trades, None)
         cash_limited = self._find_cash_limited_orders(trades, value, cost, account.cash)
         if not len(cash_limited):
-            _book_fills(book, trades, value, cost)
-            return Fills(value / trades.price, trades.price, value, cost)
+            fills = Fills(value / trades.price, trades.price, value, cost)
+            _book_fills(book, trades, fills)
+            return fills
         member = trades.member
         round_number = np.zeros(len(member), dtype=np.intp)
         round_number[cash_limited] = _count_earlier_orders(member[cash_limited])
@@ -198,7 +215,9 @@ class Market:
             cash = np.where(np.isin(batch, cash_limited), account.cash[member[batch]], np.inf)
             selected_trades = trades.select(batch)
             value[batch], cost[batch] = price_trades(selected_trades, cash)
-            _book_fills(book, selected_trades, value[batch], cost[batch])
+            amount = value[batch] / selected_trades.price
+            fills = Fills(amount, selected_trades.price, value[batch], cost[batch])
+            _book_fills(book, selected_trades, fills)
         return Fills(value / trades.price, trades.price, value, cost)
 
     def _find_cash_limited_orders(
@@ -215,18 +234,24 @@ class Market:
             need = np.maximum(order_value + order_cost, value + cost)
             member_need = np.bincount(trades.member, need, minlength=len(cash))
         else:
+            if np.count_nonzero(value) == len(value) and not np.count_nonzero(cost > value):
+                return _NO_INDICES
             shortfall = np.maximum(self._cost(value, trades.ratio) - value, 0.0)
-            if not shortfall.any():
+            if not np.count_nonzero(shortfall):
                 return _NO_INDICES
             member_need = np.bincount(trades.member, shortfall, minlength=len(cash))
             member_need[member_need == 0] = -np.inf
         is_limited = member_need > cash
-        return is_limited[trades.member].nonzero()[0] if is_limited.any() else _NO_INDICES
+        if not np.count_nonzero(is_limited):
+            return _NO_INDICES
+        return is_limited[trades.member].nonzero()[0]
 
     def _cap_to_position(
         self, amount: Floats, position: Floats, instrument: Indices, allow_short: bool
     ) -> Floats:
         # A sale of the whole position includes its odd lots, so it is not rounded.
+        if np.array_equal(amount, position):
+            return amount
         is_whole = is_close(amount, position)
         if is_whole.all():
             return amount
@@ -234,19 +259,22 @@ class Market:
         return np.where(is_whole, amount, self.round_lots(capped_amount, instrument))
 
     def _cost_ratio(
-        self, value: Floats, price: Floats, instrument: Indices, buying: bool
-    ) -> Floats:
+        self, amount: Floats, price: Floats, instrument: Indices, buying: bool
+    ) -> Floats | float:
+        """The costs of orders as fractions of their value; one number if they are the same."""
         exchange = self.exchange
         rate = exchange.open_cost if buying else exchange.close_cost
         if not exchange.impact_cost:
-            return np.full(len(value), rate)
+            return rate
+        value = amount * price
         total = self.volume[instrument] * price
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.where(total > 0, (value / total) ** 2, 1.0)
         return rate + exchange.impact_cost * share
 
-    def _cost(self, value: Floats, ratio: Floats) -> Floats:
-        return np.maximum(value * ratio, self.exchange.min_cost)
+    def _cost(self, value: Floats, ratio: Floats | float) -> Floats:
+        cost: Floats = np.maximum(value * ratio, self.exchange.min_cost)
+        return cost
 
     def _price_sales(self, trades: _Trades, cash: Floats | None) -> tuple[Floats, Floats]:
         """Value and cost of sales with `cash [K]` (None: enough); zeros if not executed."""
@@ -255,18 +283,14 @@ class Market:
         is_executed = value > _MIN_TRADE_VALUE
         if cash is not None:
             is_executed &= cash + value >= cost
-        return np.where(is_executed, value, 0.0), np.where(is_executed, cost, 0.0)
+        return _zero_unless(is_executed, value, cost)
 
     def _price_purchases(self, trades: _Trades, cash: Floats | None) -> tuple[Floats, Floats]:
         """Value and cost of purchases with `cash [K]` (None: enough); zeros if not executed."""
         amount, price, ratio = trades.amount, trades.price, trades.ratio
         if cash is None:
             value = self.round_lots(amount, trades.instrument) * price
-            is_executed = value > _MIN_TRADE_VALUE
-            return (
-                np.where(is_executed, value, 0.0),
-                np.where(is_executed, self._cost(value, ratio), 0.0),
-            )
+            return _zero_unless(value > _MIN_TRADE_VALUE, value, self._cost(value, ratio))
         order_value = amount * price
         cost = self._cost(order_value, ratio)
         is_short = cash < order_value + cost
@@ -284,36 +308,41 @@ class Market:
             value = np.where(too_much, np.maximum(amount - unit, 0.0) * price, value)
             final_cost = self._cost(value, ratio)
         is_executed = (cash >= cost) & (value > _MIN_TRADE_VALUE)
-        return np.where(is_executed, value, 0.0), np.where(is_executed, final_cost, 0.0)
+        return _zero_unless(is_executed, value, final_cost)
 
-    def _affordable_amount(self, cash: Floats, price: Floats, ratio: Floats) -> Floats:
+    def _affordable_amount(self, cash: Floats, price: Floats, ratio: Floats | float) -> Floats:
         """The amount whose value plus cost the cash covers exactly."""
         min_cost = self.exchange.min_cost
         with np.errstate(divide="ignore", invalid="ignore"):
             # With at least this much cash the proportional cost exceeds the minimum cost.
-            break_even = min_cost / ratio + min_cost if min_cost else np.zeros_like(ratio)
+            break_even = np.divide(min_cost, ratio) + min_cost if min_cost else 0.0
         max_value = np.where(cash >= break_even, cash / (1 + ratio), cash - min_cost)
         return np.where(cash >= min_cost, max_value, 0.0) / price
 
 
 @dataclass(frozen=True)
 class _Trades:
-    """Orders of one side at one bar, `[K]` each: indices, amount, price and cost rate."""
+    """Orders of one side at one bar, `[K]` each: indices, amount, price and cost rate.
+
+    `place` are the indices of the flattened `[M, N]` arrays. `ratio` may be one for all.
+    """
 
     member: Indices
     instrument: Indices
+    place: Indices
     amount: Floats
     price: Floats
-    ratio: Floats
+    ratio: Floats | float
     buying: bool
 
     def select(self, rows: Indices) -> _Trades:
         return _Trades(
             self.member[rows],
             self.instrument[rows],
+            self.place[rows],
             self.amount[rows],
             self.price[rows],
-            self.ratio[rows],
+            self.ratio if isinstance(self.ratio, float) else self.ratio[rows],
             self.buying,
         )
 
@@ -327,14 +356,22 @@ class _Preview(NamedTuple):
     fills: Fills
 
 
-def _book_fills(book: Callable[..., None], trades: _Trades, value: Floats, cost: Floats) -> None:
+def _zero_unless(is_executed: Bools, value: Floats, cost: Floats) -> tuple[Floats, Floats]:
+    """The values and the costs, 0 for what is not executed."""
+    if np.count_nonzero(is_executed) == len(is_executed):
+        return value, cost
+    return np.where(is_executed, value, 0.0), np.where(is_executed, cost, 0.0)
+
+
+def _book_fills(book: Callable[..., None], trades: _Trades, fills: Fills) -> None:
     """Book the trades that were executed: those with a value."""
-    is_executed = value > 0
-    if not is_executed.all():
-        trades = trades.select(is_executed.nonzero()[0])
-        value, cost = value[is_executed], cost[is_executed]
-    if len(value):
-        book(trades.member, trades.instrument, value, cost, trades.price)
+    member, place, columns = trades.member, trades.place, (fills.amount, fills.value, fills.cost)
+    if np.count_nonzero(fills.value) < len(member):
+        rows = fills.value.nonzero()[0]
+        member, place = member[rows], place[rows]
+        columns = (fills.amount[rows], fills.value[rows], fills.cost[rows])
+    if len(member):
+        book(member, place, *columns)
 
 
 def _count_earlier_orders(member: Indices) -> Indices:

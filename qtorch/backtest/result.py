@@ -39,7 +39,7 @@ class BacktestResult:
         all_members: list[str] | None = None,
     ) -> None:
         self.members, self.freq = list(members), exchange.freq
-        self.dates = pd.DatetimeIndex(ledger.dates.to_numpy(), name="datetime")
+        self.dates = ledger.dates.view()  # a user may rename it
         self._ledger, self._bench = ledger, bench
         self._exchange, self._quotes = exchange, quotes
         self._all_members = all_members or self.members
@@ -155,7 +155,7 @@ class BacktestResult:
     def _report(self, k: int) -> pd.DataFrame:
         daily = self._ledger.daily
         columns = np.stack([*(values[:, k] for values in daily.values()), self._bench.to_numpy()])
-        return pd.DataFrame(columns.T, index=self.dates, columns=[*daily, "bench"])
+        return pd.DataFrame(columns.T, index=self.dates, columns=self._ledger.report_columns.view())
 
     def _positions(self, k: int) -> pd.DataFrame:
         return self._frame(self._ledger.positions, k).astype({"count": "int64"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 Frame: TypeAlias = pd.DataFrame
 _LEVELS = ["datetime", "instrument"]
 OUTSIDE, IN_A_GAP = -1, -2  # instead of a bar's row
+_MAX_RUNS = 8  # of adjacent instruments that are copied one by one
 
 
 def score_frame(signal: Any) -> Frame:
@@ -59,8 +61,10 @@ def _validate_scores(scores: Frame) -> Frame:
     scores = index_frame(scores)
     if not scores.shape[1] or not len(scores):
         raise DataError(f"the scores are empty: shape {scores.shape}.")
-    values = scores.to_numpy(dtype=np.float64)
-    infinite = np.isinf(values)
+    values = scores.to_numpy()
+    values = values if values.dtype.kind == "f" else values.astype(np.float64)
+    is_complete = bool(np.isfinite(values).all())
+    infinite = np.zeros(0, dtype=np.bool_) if is_complete else np.isinf(values)
     if infinite.any():
         row = scores.index[int(np.flatnonzero(infinite.any(axis=1))[0])]
         raise DataError(
@@ -74,7 +78,7 @@ def _validate_scores(scores: Frame) -> Frame:
             f"{int(is_duplicate.sum())} rows of the scores are duplicates, the first at {row[0]}, "
             f"{row[1]}; each (datetime, instrument) may occur only once."
         )
-    valid_rows: Frame = scores[~np.isnan(values).all(axis=1)]
+    valid_rows: Frame = scores if is_complete else scores[~np.isnan(values).all(axis=1)]
     if not len(valid_rows):
         raise DataError("every score is NaN.")
     valid_scores: Frame = valid_rows.rename_axis(index=_LEVELS)
@@ -84,9 +88,8 @@ def _validate_scores(scores: Frame) -> Frame:
 class Scores:
     """The scores of all members on the bars of a backtest.
 
-    `members` and `instruments` are the names; `has_scores [D]` tells whether any member has a
-    score on a bar of `calendar`. If several scores of an instrument fall into one bar, the latest
-    that is not NaN is used.
+    `members` and `instruments` are the names. If several scores of an instrument fall into one bar
+    of `calendar`, the latest that is not NaN is used.
     """
 
     def __init__(self, scores: Frame, calendar: pd.DatetimeIndex, freq: str) -> None:
@@ -113,31 +116,63 @@ class Scores:
         used_bars = used_bars[used_bars >= 0]
         self._is_overwritten = len(np.unique(used_bars)) < len(used_bars)
         self._names, self._name_codes = names, name_codes[rows]
-        self._bars, self._rows, self._scores = bars[rows], rows, scores.to_numpy()
-        self.has_scores: NDArray[np.bool_] = np.zeros(len(calendar), dtype=np.bool_)
-        self.has_scores[self._bars] = True
+        values = scores.to_numpy()
+        self._scores = values if values.dtype.kind == "f" else values.astype(np.float64)
+        self._rows, self._edges = rows, bars[rows].searchsorted(np.arange(len(calendar) + 1))
 
-    def align(self, instruments: pd.Index) -> NDArray[Any]:
-        """The scores `[D, M, N]` of instruments, which include those of the scores.
-
-        NaN means no score.
-        """
-        scores = self._scores
-        dtype = scores.dtype if scores.dtype.kind == "f" else np.dtype(np.float64)
-        shape = (len(self.has_scores), len(self.members), len(instruments))
-        values: NDArray[Any] = np.full(shape, np.nan, dtype=dtype)
+    def align(self, instruments: pd.Index) -> BarScores:
+        """Arrange the scores by `instruments`, which include those of the scores."""
         columns = instruments.get_indexer(self._names)[self._name_codes]
+        edges = self._edges.tolist()
+        return BarScores(
+            self._scores, self._rows, columns, edges, len(instruments), self._is_overwritten
+        )
+
+
+class BarScores:
+    """The scores of all members for N instruments, arranged bar by bar when they are read.
+
+    `scores [R, M]` are those of a frame. The scores of a bar are the `rows` from `edges[bar]` to
+    `edges[bar + 1]`, and belong to the instruments `columns`; the later ones overwrite the earlier
+    ones if `is_overwritten`.
+    """
+
+    def __init__(
+        self,
+        scores: NDArray[Any],
+        rows: NDArray[np.intp],
+        columns: NDArray[np.intp],
+        edges: Sequence[int],
+        num_instruments: int,
+        is_overwritten: bool,
+    ) -> None:
+        self._scores, self._rows, self._columns = scores, rows, columns
+        self._edges, self._num_instruments = edges, num_instruments
+        self._is_overwritten = is_overwritten
+
+    def read(self, bar: int) -> NDArray[np.float64] | None:
+        """The scores `[M, N]` of a bar, NaN without a score; None if no member has any."""
+        begin, end = self._edges[bar], self._edges[bar + 1]
+        if begin == end:
+            return None
+        rows, columns = self._rows[begin:end], self._columns[begin:end]
+        is_block = rows[-1] - rows[0] == end - begin - 1 and not self._is_overwritten
+        part = self._scores[rows[0] : rows[-1] + 1] if is_block else self._scores[rows]
+        scores = part.T
+        values = np.empty((len(scores), self._num_instruments))
+        if end - begin < self._num_instruments or self._is_overwritten:
+            values.fill(np.nan)
         if self._is_overwritten:
-            for m in range(len(self.members)):
-                has_score = ~np.isnan(scores[self._rows, m].astype(np.float64))
-                values[self._bars[has_score], m, columns[has_score]] = scores[
-                    self._rows[has_score], m
-                ]
+            member, k = (~np.isnan(scores)).nonzero()
+            values[member, columns[k]] = scores[member, k]
             return values
-        edges = self._bars.searchsorted(np.arange(shape[0] + 1))
-        for bar in np.flatnonzero(self.has_scores):
-            part = slice(edges[bar], edges[bar + 1])
-            values[bar][:, columns[part]] = scores[self._rows[part]].T
+        steps = (columns[1:] - columns[:-1] != 1).nonzero()[0] + 1
+        if len(steps) > _MAX_RUNS:
+            values[:, columns] = scores
+            return values
+        for first, last in pairwise([0, *steps.tolist(), len(columns)]):
+            column = columns[first]
+            values[:, column : column + last - first] = scores[:, first:last]
         return values
 
 

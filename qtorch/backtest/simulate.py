@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
@@ -10,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from qtorch.backtest.account import Account, Fills, Orders
+from qtorch.backtest.account import MONEY, Account, Fills, Orders
 from qtorch.backtest.exchange import Exchange
 from qtorch.backtest.market import Market
 from qtorch.backtest.quotes import Floats, Indices, Quotes
@@ -19,20 +21,66 @@ from qtorch.backtest.strategy import StepContext, Strategy, refuse_old_strategy_
 
 Delisting: TypeAlias = Literal["last_close", "zero", "keep"]
 DELISTINGS = ("last_close", "zero", "keep")
-TOTALS = ("account", "cash", "unsettled", "value", "total_cost", "total_turnover", "lending_fee")
 POSITION = ("amount", "price", "count", "weight")
 ORDER = ("buying", "amount", "deal_amount", "price", "value", "cost")
 ENDING = ("amount", "price", "value")
 _YEAR = pd.Timedelta(days=365)
+_BLOCK_ROWS = 8192
 
 log = logging.getLogger(__name__)
 
 
-class Rows:
-    """Rows of several columns that are collected bar by bar, each of a member and an instrument.
+class Rows(ABC):
+    """Rows of several columns, bar by bar, each of a member and an instrument.
 
     `bar`, `member` and `instrument [K]` are indices; `values [K, C]` are the columns `names`.
     """
+
+    names: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def bar(self) -> Indices:
+        """`[K]`: the bar of each row."""
+
+    @property
+    @abstractmethod
+    def member(self) -> Indices:
+        """`[K]`: the member of each row."""
+
+    @property
+    @abstractmethod
+    def instrument(self) -> Indices:
+        """`[K]`: the instrument of each row."""
+
+    @property
+    @abstractmethod
+    def values(self) -> Floats:
+        """`[K, C]`: the columns."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of rows."""
+
+    def column(self, name: str) -> Floats:
+        """The values `[K]` of a column."""
+        values: Floats = self.values[:, self.names.index(name)]
+        return values
+
+    @cached_property
+    def _member_order(self) -> tuple[Indices, Indices]:
+        order = np.argsort(self.member, kind="stable")
+        return order, self.member[order]
+
+    def of_member(self, member: int) -> Indices:
+        """The rows of a member, bar by bar."""
+        order, members = self._member_order
+        first, last = members.searchsorted(np.array([member, member + 1]))
+        return order[first:last]
+
+
+class CollectedRows(Rows):
+    """Rows whose columns are collected bar by bar."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
@@ -55,41 +103,110 @@ class Rows:
 
     @cached_property
     def member(self) -> Indices:
-        return np.concatenate([np.zeros(0, dtype=np.intp), *(part[1] for part in self._parts)])
+        return _concatenate([part[1] for part in self._parts], np.intp)
 
     @cached_property
     def instrument(self) -> Indices:
-        return np.concatenate([np.zeros(0, dtype=np.intp), *(part[2] for part in self._parts)])
+        return _concatenate([part[2] for part in self._parts], np.intp)
 
     @cached_property
     def values(self) -> Floats:
-        columns = [
-            np.concatenate([np.zeros(0), *(part[3][k] for part in self._parts)])
-            for k in range(len(self.names))
-        ]
-        return np.stack(columns, axis=1)
-
-    def column(self, name: str) -> Floats:
-        """The values `[K]` of a column."""
-        values: Floats = self.values[:, self.names.index(name)]
+        values = np.empty((len(self), len(self.names)))
+        for k in range(len(self.names)):
+            values[:, k] = _concatenate([part[3][k] for part in self._parts], np.float64)
         return values
 
-    @cached_property
-    def _member_order(self) -> tuple[Indices, Indices]:
-        order = np.argsort(self.member, kind="stable")
-        return order, self.member[order]
 
-    def of_member(self, member: int) -> Indices:
-        """The rows of a member, bar by bar."""
-        order, members = self._member_order
-        first, last = members.searchsorted(np.array([member, member + 1]))
-        return order[first:last]
+class PositionRows(Rows):
+    """The positions at the end of each bar; most of their numbers are calculated when read.
+
+    `prices [D, N]` are the last closes, `money [D, 5, M]` those of the accounts; both are filled
+    bar by bar, as the positions are added.
+    """
+
+    def __init__(self, prices: Floats, money: Floats) -> None:
+        self.names = POSITION
+        self.prices, self.money = prices, money
+        self._bars: list[int] = []
+        self._parts: list[tuple[Indices, Floats, NDArray[np.int32]]] = []
+
+    def add_bar(self, bar: int, account: Account) -> None:
+        """Add the positions of all members."""
+        places = account.places()
+        if len(places):
+            self._bars.append(bar)
+            amount = account.amount.reshape(-1)[places]
+            self._parts.append((places, amount, account.count_bars(places)))
+
+    def __len__(self) -> int:
+        return sum(len(part[0]) for part in self._parts)
+
+    @cached_property
+    def bar(self) -> Indices:
+        bars = np.array(self._bars, dtype=np.intp)
+        return np.repeat(bars, [len(part[0]) for part in self._parts])
+
+    @cached_property
+    def _place(self) -> Indices:
+        return _concatenate([part[0] for part in self._parts], np.intp)
+
+    @cached_property
+    def member(self) -> Indices:
+        return self._place // self.prices.shape[1]
+
+    @cached_property
+    def instrument(self) -> Indices:
+        return self._place % self.prices.shape[1]
+
+    @cached_property
+    def values(self) -> Floats:
+        amount = _concatenate([part[1] for part in self._parts], np.float64)
+        price = self.prices[self.bar, self.instrument]
+        count = _concatenate([part[2] for part in self._parts], np.float64)
+        weight = amount * price / self.account_value[self.bar, self.member]
+        return np.stack((amount, price, count, weight), axis=1)
+
+    @cached_property
+    def value(self) -> Floats:
+        """`[D, M]`: the value of all positions of a member."""
+        num_members, num_instruments = self.money.shape[2], self.prices.shape[1]
+        sums = np.zeros((len(self.prices), num_members))
+        for begin, end in self._blocks():
+            bars, parts = np.array(self._bars[begin:end]), self._parts[begin:end]
+            first, last = bars[0], bars[-1] + 1
+            place = np.concatenate([part[0] for part in parts])
+            value = np.concatenate([part[1] for part in parts])
+            row = np.repeat(bars - first, [len(part[0]) for part in parts])
+            value *= self.prices[first:last][row, place % num_instruments]
+            member = place // num_instruments + row * num_members
+            block: Any = np.bincount(member, value, (last - first) * num_members)
+            sums[first:last] = block.reshape(-1, num_members)
+        return sums
+
+    @cached_property
+    def account_value(self) -> Floats:
+        """`[D, M]`: the value of the accounts: positions and cash."""
+        return self.value + (self.money[:, 0] + self.money[:, 1])
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        """Split the bars into blocks of about `_BLOCK_ROWS` positions, which stay in the cache."""
+        ends = np.cumsum([len(part[0]) for part in self._parts])
+        begin = 0
+        while begin < len(ends):
+            limit = (ends[begin - 1] if begin else 0) + _BLOCK_ROWS
+            end = max(int(ends.searchsorted(limit, side="right")), begin + 1)
+            yield begin, end
+            begin = end
+
+
+def _concatenate(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype=dtype), *parts], dtype=dtype)
 
 
 class Ledger:
     """The records of a simulation of D bars and M members.
 
-    `totals` are arrays `[D, M]` at the end of each bar, by the names of TOTALS: the account, its
+    `totals` are arrays `[D, M]` at the end of each bar, by name: the account, its
     parts in money, and the sums of costs, turnover and lending fees since the start. `opening`,
     `opening_cash [M]` and `opening_amount [M, N]` are those before the first bar. `positions` are
     those at the end of the bars, `orders` come with their fills, and `endings` are the positions in
@@ -97,34 +214,32 @@ class Ledger:
     """
 
     def __init__(self, dates: pd.DatetimeIndex, account: Account, *, closes_endings: bool) -> None:
-        self.dates, self.closes_endings = dates, closes_endings
+        self.dates = pd.DatetimeIndex(dates.to_numpy(), name="datetime")
+        self.closes_endings = closes_endings
         self.opening, self.opening_cash = account.value(), account.cash.copy()
         self.opening_amount = account.amount.copy()
-        self.totals = {name: np.empty((len(dates), len(account.cash))) for name in TOTALS}
-        self.positions, self.orders, self.endings = Rows(POSITION), Rows(ORDER), Rows(ENDING)
+        self._money = np.empty((len(dates), *account.money.shape))
+        self._prices = np.empty((len(dates), *account.last_price.shape))
+        self.positions = PositionRows(self._prices, self._money)
+        self.orders, self.endings = CollectedRows(ORDER), CollectedRows(ENDING)
 
     def record_bar(self, bar: int, account: Account, orders: Orders, fills: Fills) -> None:
         """Add the state at the end of a bar."""
-        places = account.places()
-        member, instrument = np.divmod(places, account.amount.shape[1])
-        amount, price = account.amount.ravel()[places], account.price.ravel()[places]
-        position_value = amount * price
-        holdings = np.bincount(member, position_value, minlength=len(account.cash))
-        value = holdings + (account.cash + account.unsettled_cash)
-        for name, column in (
-            ("account", value),
-            ("cash", account.cash),
-            ("unsettled", account.unsettled_cash),
-            ("value", holdings),
-            ("total_cost", account.cost),
-            ("total_turnover", account.turnover),
-            ("lending_fee", account.lending_fee),
-        ):
-            self.totals[name][bar] = column
-        count, weight = account.count.ravel()[places], position_value / value[member]
-        self.positions.append(bar, member, instrument, amount, price, count, weight)
+        self._money[bar], self._prices[bar] = account.money, account.last_price
+        self.positions.add_bar(bar, account)
         numbers = (orders.buying, orders.amount, fills.amount, fills.price, fills.value, fills.cost)
         self.orders.append(bar, orders.member, orders.instrument, *numbers)
+
+    @cached_property
+    def totals(self) -> dict[str, Floats]:
+        totals = {name: self._money[:, k] for k, name in enumerate(MONEY)}
+        positions = self.positions
+        return totals | {"account": positions.account_value, "value": positions.value}
+
+    @cached_property
+    def report_columns(self) -> pd.Index:
+        """The columns of Qlib's report."""
+        return pd.Index([*self.daily, "bench"])
 
     @cached_property
     def daily(self) -> dict[str, Floats]:
@@ -170,8 +285,7 @@ def simulate(
     refuse_old_strategy_names(strategy)
     first = quotes.first
     ledger = Ledger(quotes.dates[first:], account, closes_endings=delisting != "keep")
-    score_values = None if scores is None else scores.align(quotes.instruments)
-    has_scores = np.zeros(0) if scores is None else scores.has_scores
+    bar_scores = None if scores is None else scores.align(quotes.instruments)
     traded_today = np.zeros_like(account.amount)
     days = quotes.dates.normalize()
     is_new_day = np.r_[True, np.asarray(days[1:] != days[:-1])]
@@ -188,9 +302,7 @@ def simulate(
         if row in rows_with_ends:
             columns = np.flatnonzero(end_rows == row)
             _close_ended_positions(ledger, row - first, account, columns, delisting)
-        score = None
-        if score_values is not None and row > 0 and has_scores[row - 1]:
-            score = np.asarray(score_values[row - 1], dtype=np.float64)
+        score = None if bar_scores is None or row == 0 else bar_scores.read(row - 1)
         context = StepContext(
             row - first,
             quotes.instruments,

@@ -199,115 +199,133 @@ class TopkDropoutStrategy(Strategy):
         """Sell the worst holdings, then buy the best candidates."""
         if context.score is None:
             return Orders.empty()
-        score, account = context.score, context.account
-        num_members = len(score)
-        has_score, is_held = ~np.isnan(score), account.is_held
-        eligible = context.market.is_tradable() if self.only_tradable else None
+        account = context.account
+        is_eligible = context.market.is_tradable() if self.only_tradable else None
         num_held = account.count_positions()
-        max_count = np.maximum(self.topk + self.n_drop - num_held, 0)
-        candidates = self._candidates(score, has_score, is_held, eligible, max_count, context.step)
-        # Members without any score on this bar do not trade.
-        is_active = has_score.any(axis=1, keepdims=True)
-        ranked = is_held if is_active.all() else is_held & is_active
-        worst = self._worst(score, ranked, candidates, eligible, context.step)
-        sales = self._sales(worst, context)
+        candidates = self._candidates(context, is_eligible, num_held)
+        holding, is_worst = self._worst(context, is_eligible, num_held, candidates)
+        sales = self._sales(holding, is_worst, context)
         fills = context.preview_sales(sales)
+        num_members = len(num_held)
         if context.as_qlib:
-            num_sold = np.bincount(worst.member, minlength=num_members)
+            num_sold: Any = np.add.reduce(is_worst, axis=1)
             risk_degree = self.risk_degree
         else:
             is_closed = is_close(fills.amount, sales.amount) & (fills.amount > 0)
             num_sold = np.bincount(sales.member, is_closed, minlength=num_members)
             risk_degree = self.read_risk_degree(context.step)
         proceeds = np.bincount(sales.member, fills.value - fills.cost, minlength=num_members)
-        num_free = (self.topk - num_held + num_sold)[candidates.member]
-        purchases = candidates.select(candidates.rank < num_free)
+        is_bought = candidates.is_before(self.topk - num_held + num_sold)
         cash = (account.cash + proceeds) * risk_degree
-        return sales.append(self._purchases(purchases, cash, context))
+        return sales.append(self._purchases(candidates.column, is_bought, cash, context))
 
     def _candidates(
-        self,
-        score: Floats,
-        has_score: Bools,
-        is_held: Bools,
-        eligible: Bools | None,
-        max_count: Floats,
-        step: int,
-    ) -> _Places:
-        """Up to `max_count [M]` instruments to consider buying, best first."""
+        self, context: StepContext, is_eligible: Bools | None, num_held: Indices
+    ) -> _Choice:
+        """The instruments to consider buying, best first: `n_drop` and one for each free slot."""
+        score, places = context.score, context.account.places()
+        assert score is not None
+        max_count = np.maximum(self.topk + self.n_drop - num_held, 0)
+        keys = np.negative(score)
+        if is_eligible is not None:
+            keys[:, ~is_eligible] = np.nan
         if self.method_buy == "top":
-            allowed = has_score & ~is_held
-            return _best_places(
-                score, allowed if eligible is None else allowed & eligible, max_count
-            )
-        allowed = has_score if eligible is None else has_score & eligible
-        best = _best_places(score, allowed, np.full(len(score), self.topk))
-        best = best.select(~is_held[best.member, best.instrument])
-        return self._draw_random(best, max_count, step, 0)
+            keys.reshape(-1)[places] = np.nan
+            choice = _choose_lowest(keys, int(max_count.max()))
+            return choice.keep_first(max_count)
+        best = _choose_lowest(keys, self.topk)
+        is_held = _take_rows(context.account.is_held, best.column)
+        choice = best._replace(is_filled=best.is_filled & ~is_held)
+        return self._draw_random(choice, max_count, context.step, 0)
 
     def _worst(
         self,
-        score: Floats,
-        ranked: Bools,
-        candidates: _Places,
-        eligible: Bools | None,
-        step: int,
-    ) -> _Places:
-        """Up to `n_drop` of the holdings `ranked [M, N]` to sell."""
-        if eligible is not None:
-            ranked = ranked & eligible
-        if self.method_sell == "random":
-            score = np.where(np.isnan(score), -np.inf, score)
-            holdings = _best_places(score, ranked, np.full(len(score), score.shape[1]))
-            return self._draw_random(holdings, np.full(len(score), self.n_drop), step, 1)
-        together = ranked.copy()
-        together[candidates.member, candidates.instrument] = True
-        worst = _worst_places(score, together, self.n_drop)
-        return worst.select(ranked[worst.member, worst.instrument])
+        context: StepContext,
+        is_eligible: Bools | None,
+        num_held: Indices,
+        candidates: _Choice,
+    ) -> tuple[Indices, Bools]:
+        """Up to `n_drop` of the holdings of each member to sell: instruments `[M, K]`, and which.
 
-    def _draw_random(self, places: _Places, max_count: Floats, step: int, stream: int) -> _Places:
-        """Draw up to `max_count [M]` of the places of each member without replacement.
+        A member without any score on this bar does not trade.
+        """
+        score, places = context.score, context.account.places()
+        assert score is not None
+        values = score.reshape(-1)[places]
+        keys = np.fmax(values, -np.inf)  # without a score a holding is the worst
+        instrument = places % score.shape[1]
+        if is_eligible is not None:
+            keys[~is_eligible[instrument]] = np.nan
+        if np.count_nonzero(candidates.is_filled[:, :1]) < len(score):  # else all have scores
+            is_active = ~np.isnan(score).all(axis=1)
+            keys[~np.repeat(is_active, num_held)] = np.nan
+        key_table = _tabulate(keys, num_held, np.nan)
+        instrument_table = _tabulate(instrument, num_held, 0)
+        if self.method_sell == "random":
+            best = _choose_lowest(-key_table, key_table.shape[1])
+            drop_count = np.full(len(score), self.n_drop)
+            drawn = self._draw_random(best, drop_count, context.step, 1)
+            return _take_rows(instrument_table, drawn.column), drawn.is_filled
+        # Of equal scores the last name is the worst.
+        key_table, instrument_table = key_table[:, ::-1], instrument_table[:, ::-1]
+        worst = _choose_lowest(key_table, self.n_drop)
+        holding = _take_rows(instrument_table, worst.column)
+        # Candidates that are worse than a holding stand before it in the common ranking.
+        num_worse = _count_worse(candidates, holding, worst.key, self.n_drop)
+        is_worst = worst.is_filled & (num_worse + np.arange(holding.shape[1]) < self.n_drop)
+        return holding, is_worst
+
+    def _draw_random(self, choice: _Choice, max_count: Indices, step: int, stream: int) -> _Choice:
+        """Draw up to `max_count [M]` of the instruments of each member without replacement.
 
         `stream` separates the random numbers of purchases (0) and sales (1).
         """
-        is_drawn: Bools = np.zeros(len(places.member), dtype=np.bool_)
+        is_drawn = np.zeros_like(choice.is_filled)
         for member, count in enumerate(max_count):
-            rows = np.flatnonzero(places.member == member)
+            columns = choice.is_filled[member].nonzero()[0]
             random = np.random.default_rng([self.seed, step, stream])
-            is_drawn[random.choice(rows, min(int(count), len(rows)), replace=False)] = True
-        return places.select(is_drawn).renumber()
+            drawn = random.choice(columns, min(int(count), len(columns)), replace=False)
+            is_drawn[member, drawn] = True
+        return choice._replace(is_filled=is_drawn)
 
-    def _sales(self, worst: _Places, context: StepContext) -> Orders:
+    def _sales(self, holding: Indices, is_worst: Bools, context: StepContext) -> Orders:
         """Sell those of the worst holdings that can be sold, in the order of their names."""
-        if not len(worst.member):
+        member, column = is_worst.nonzero()
+        if not len(member):
             return Orders.empty()
+        account = context.account
         is_tradable = context.market.is_tradable(None if self.forbid_all_trade_at_limit else "sell")
-        place = worst.member * len(is_tradable) + worst.instrument
-        is_sold = is_tradable[worst.instrument]
-        is_sold &= context.account.count.ravel()[place] >= self.hold_thresh
-        place = place[is_sold]
+        place = member * len(is_tradable) + holding[member, column]
         place.sort()
         member, instrument = np.divmod(place, len(is_tradable))
-        amount = context.account.amount.ravel()[place]
+        is_sold = is_tradable[instrument]
+        if self.hold_thresh > 0:
+            is_sold &= account.count_bars(place) >= self.hold_thresh
+        if np.count_nonzero(is_sold) < len(place):
+            place, member, instrument = place[is_sold], member[is_sold], instrument[is_sold]
+        amount = account.amount.reshape(-1)[place]
         return Orders(member, instrument, amount, np.zeros(len(place), dtype=np.bool_))
 
-    def _purchases(self, places: _Places, cash: Floats, context: StepContext) -> Orders:
+    def _purchases(
+        self, candidates: Indices, is_bought: Bools, cash: Floats, context: StepContext
+    ) -> Orders:
         """Split the cash `[M]` equally over the purchases, in rank order.
 
         The share of an instrument that cannot be bought stays in cash.
         """
-        member, instrument = places.member, places.instrument
+        member, column = is_bought.nonzero()
         if not len(member):
             return Orders.empty()
+        instrument = candidates[member, column]
         share = cash / np.maximum(np.bincount(member, minlength=len(cash)), 1)
         can_buy = context.market.is_tradable(None if self.forbid_all_trade_at_limit else "buy")[
             instrument
         ]
-        if not can_buy.all():
+        if np.count_nonzero(can_buy) < len(member):
             member, instrument = member[can_buy], instrument[can_buy]
         amount = share[member] / context.market.price("buy")[instrument]
         amount = context.market.round_lots(amount, instrument)
-        return Orders(member, instrument, amount, np.ones(len(member), dtype=np.bool_))
+        return Orders(member, instrument, amount, instrument >= 0)
 
 
 def _check_count(name: str, value: int, minimum: int) -> None:
@@ -323,86 +341,100 @@ def _check_universe(topk: int, universe: Bools) -> None:
         )
 
 
-class _Places(NamedTuple):
-    """Instruments of members `[K]`, by member and within a member by their rank, from 0."""
+class _Choice(NamedTuple):
+    """Columns of each member in an order, with their keys `[M, K]`, and which places are filled."""
 
-    member: Indices
-    instrument: Indices
-    rank: Indices
+    column: Indices
+    key: Floats
+    is_filled: Bools
 
-    @classmethod
-    def create(cls, member: Indices, place: Indices, num_instruments: int) -> _Places:
-        """Rank places of the flattened `[M, N]` arrays that are sorted by their member."""
-        return cls(member, place % num_instruments, _ranks_in_member(member))
+    def is_full(self) -> bool:
+        """Whether all places of all members are filled."""
+        return bool(np.count_nonzero(self.is_filled) == self.is_filled.size)
 
-    def select(self, mask: Bools) -> _Places:
-        return _Places(self.member[mask], self.instrument[mask], self.rank[mask])
+    def keep_first(self, count: Indices) -> _Choice:
+        """Keep the first `count [M]` places of each member."""
+        width = self.key.shape[1]
+        if np.minimum.reduce(count) >= width:
+            return self
+        return self._replace(is_filled=self.is_filled & (np.arange(width) < count[:, None]))
 
-    def renumber(self) -> _Places:
-        """Close the gaps in the ranks."""
-        return self._replace(rank=_ranks_in_member(self.member))
-
-
-def _ranks_in_member(member: Indices) -> Indices:
-    """Count the earlier elements of the same member; `member [K]` is in ascending order."""
-    ranks = np.arange(len(member))
-    if len(member) and member[0] != member[-1]:
-        counts = np.bincount(member)
-        ranks -= (counts.cumsum() - counts)[member]
-    return ranks
+    def is_before(self, count: Indices) -> Bools:
+        """`[M, K]`: whether a place is one of the first `count [M]` that are filled."""
+        if self.is_full():
+            return np.arange(self.key.shape[1]) < count[:, None]
+        rank = np.cumsum(self.is_filled, axis=1) - 1
+        return self.is_filled & (rank < count[:, None])
 
 
-def _best_places(score: Floats, allowed: Bools, count: Floats) -> _Places:
-    """The best `count [M]` allowed instruments of each member; `score [M, N]` is not NaN there.
+_MAX_SORTED = 256  # more keys are partitioned before they are sorted
 
-    Only those at or above the member's lowest score that counts are sorted.
+
+def _choose_lowest(keys: Floats, count: int) -> _Choice:
+    """Choose the columns of the `count` lowest keys `[M, W]` of each member, lowest first.
+
+    Equal keys stay in the order of their columns. A key that is NaN is never chosen.
     """
-    num_members, num_instruments = score.shape
-    max_count = int(count.max())
-    if max_count <= 0:
-        return _NO_PLACES
-    if max_count < num_instruments:
-        values = np.where(allowed, score, -np.inf)
-        kth = num_instruments - max_count
-        allowed = allowed & (values >= np.partition(values, kth, axis=1)[:, kth, None])
-    place = allowed.ravel().nonzero()[0]
-    values = -score.ravel()[place]
-    if num_members == 1:  # stable: equal scores stay in the order of their names
-        place = place[values.argsort(kind="stable")]
-        member: Indices = np.zeros(len(place), dtype=np.intp)
-    else:
-        member = place // num_instruments
-        order = np.lexsort((values, member))
-        member, place = member[order], place[order]
-    places = _Places.create(member, place, num_instruments)
-    return places.select(places.rank < count[member])
+    num_members, width = keys.shape
+    count = max(min(count, width), 0)
+    if count in (0, width) or keys.size <= _MAX_SORTED:
+        column = keys.argsort(axis=1, kind="stable")[:, :count]
+        key = _take_rows(keys, column)
+        return _Choice(column, key, np.equal(key, key))  # not NaN
+    # Only the keys up to each member's last one that counts are sorted; NaN comes after them.
+    limit = np.fmin(np.partition(keys, count - 1, axis=1)[:, count - 1, None], np.inf)
+    place = (keys <= limit).reshape(-1).nonzero()[0]
+    member, column = np.divmod(place, width) if num_members > 1 else (None, place)
+    num_low = None if member is None else np.bincount(member, minlength=num_members)
+    column_table = _tabulate(column, num_low, 0)
+    key_table = _tabulate(keys.reshape(-1)[place], num_low, np.nan)
+    order = key_table.argsort(axis=1, kind="stable")[:, :count]
+    key = _take_rows(key_table, order)
+    return _Choice(_take_rows(column_table, order), key, np.equal(key, key))
 
 
-def _worst_places(score: Floats, allowed: Bools, count: int) -> _Places:
-    """The worst `count` allowed instruments of each member, worst first: those without a score."""
-    num_members, num_instruments = score.shape
-    place = allowed.ravel().nonzero()[0]
-    if count == 0 or not len(place):
-        return _NO_PLACES
-    values = -score.ravel()[place]
-    if num_members == 1:  # NaN comes last; of equal scores the last name is the worst
-        place = place[values.argsort(kind="stable")[: -count - 1 : -1]]
-        return _Places.create(np.zeros(len(place), dtype=np.intp), place, num_instruments)
-    values[np.isnan(values)] = np.inf
-    member = place // num_instruments
-    counts = np.bincount(member, minlength=num_members)
-    width = int(counts.max())
-    if count < width:
-        table = np.full((num_members, width), -np.inf)
-        table[member, _ranks_in_member(member)] = values
-        is_low = values >= np.partition(table, width - count, axis=1)[member, width - count]
-        place, member, values = place[is_low], member[is_low], values[is_low]
-    order = np.lexsort((-place, -values, member))
-    places = _Places.create(member[order], place[order], num_instruments)
-    return places.select(places.rank < count)
+def _tabulate(values: Any, count: Indices | None, fill: float) -> Any:
+    """Arrange values that are sorted by member as `[M, W]`: `count [M]` of each, then `fill`.
+
+    `count` may be None for one member.
+    """
+    if count is None or len(count) == 1:
+        return values[None]
+    width = int(count.max())
+    if len(values) == width * len(count):
+        return values.reshape(len(count), width)
+    table = np.full((len(count), width), fill, dtype=values.dtype)
+    table[np.arange(width) < count[:, None]] = values
+    return table
 
 
-_NO_PLACES = _Places(*(np.zeros(0, dtype=np.intp) for _ in range(3)))
+def _take_rows(table: Any, column: Indices) -> Any:
+    """Take the columns `[M, K]` of each row of `table [M, W]`."""
+    if len(table) == 1:
+        return table[:, column[0]]
+    return table[np.arange(len(table))[:, None], column]
+
+
+def _count_worse(candidates: _Choice, holding: Indices, key: Floats, count: int) -> Any:
+    """`[M, K]`: how many of the worst `count` candidates are worse than each holding `[M, K]`.
+
+    `key [M, K]` are the scores of the holdings, -inf without one, worst first; those of the
+    candidates are negative, best first. Of equal scores the last name is the worst.
+    """
+    instrument, cost, is_filled = candidates.column, candidates.key, candidates.is_filled
+    if not candidates.is_full():  # the last candidates of a member are not the last columns
+        last = np.argsort(is_filled, axis=1, kind="stable")
+        instrument, cost, is_filled = (_take_rows(t, last) for t in candidates)
+    elif not (cost.size and key.size) or (-cost[:, -1] > np.fmax.reduce(key, axis=1)).all():
+        return 0  # as on most days, the worst candidate is better than each of these holdings
+    first = max(instrument.shape[1] - count, 0)
+    instrument, is_filled = instrument[:, None, first:], is_filled[:, None, first:]
+    candidate_key = -cost[:, None, first:]
+    is_worse = candidate_key < key[:, :, None]
+    is_tie = candidate_key == key[:, :, None]
+    is_worse |= is_tie & (instrument > holding[:, :, None])
+    is_worse &= is_filled
+    return np.add.reduce(is_worse, axis=2)
 
 
 class WeightStrategyBase(Strategy):

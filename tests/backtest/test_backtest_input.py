@@ -73,8 +73,9 @@ def test_the_latest_score_of_a_bar_counts_whatever_the_order_of_the_dates():
     scores = pd.concat(frames)
     assert not scores.index.levels[0].is_monotonic_increasing
     weeks = pd.DatetimeIndex([monday, monday + pd.Timedelta(days=7)])
-    values = Scores(scores, weeks, "week").align(pd.Index(["A", "B"]))
-    np.testing.assert_array_equal(values[:, 0], [[2.0, 5.0], [np.nan, np.nan]])
+    bar_scores = Scores(scores, weeks, "week").align(pd.Index(["A", "B"]))
+    np.testing.assert_array_equal(bar_scores.read(0), [[2.0, 5.0]])
+    assert bar_scores.read(1) is None
 
 
 def test_infinite_duplicate_and_empty_scores_are_rejected(scores, source):
