@@ -13,7 +13,7 @@ from qtorch.study.sweep import JOB_TAG, SWEEP_TAG
 from qtorch.tracking.claims import PROCESS_GONE, has_lost_process
 from qtorch.tracking.lookup import list_runs, select_run, select_store
 from qtorch.tracking.manager import R
-from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.recorder import HOST_TAG, Recorder
 from qtorch.tracking.store_types import RunRow, format_local_time
 
 USAGE = """\
@@ -128,9 +128,15 @@ def _print_rows(
 
 
 def resume_command(row: RunRow) -> str:
-    """Return the command that resumes a run, or its sweep if it is a job of one."""
-    sweep = next((t.removeprefix(JOB_TAG) for t in row.tags if t.startswith(JOB_TAG)), None)
-    return f"qtorch train resume={row.id}" if sweep is None else f"qtorch sweep resume {sweep}"
+    """Return what resumes a run: a command, that of its sweep if it is a job of one, or a call."""
+    job_tag = next((t for t in row.tags if t.startswith(JOB_TAG)), None)
+    if SWEEP_TAG in row.tags or job_tag is not None:
+        return f"qtorch sweep resume {row.id if job_tag is None else job_tag.removeprefix(JOB_TAG)}"
+    if any(name.startswith("rolling.") for name in row.params):
+        return "start its rolling study again, which trains its windows in new runs"
+    if HOST_TAG not in row.tags:
+        return f"R.start(recorder_id='{row.id}', resume=True) in the program that started it"
+    return f"qtorch train resume={row.id}"
 
 
 def find_value(row: RunRow, name: str) -> float | str | None:

@@ -126,6 +126,9 @@ def _list() -> int:
         list_sweeps,
         sweep_jobs,
     )
+    from qtorch.tracking.claims import PROCESS_GONE, has_lost_process
+    from qtorch.tracking.manager import R
+    from qtorch.tracking.recorder import Recorder
     from qtorch.tracking.store_types import format_local_time
 
     sweeps = list_sweeps() if _has_store() else []
@@ -142,7 +145,9 @@ def _list() -> int:
         jobs = add_repeats(sweep_jobs(row.id))
         name, command = row.tags[SWEEP_TAG], OverridesCell(row.tags.get(COMMAND_TAG, ""))
         cells = (
-            format_status(row.status),
+            format_status(Recorder.STATUS_K, PROCESS_GONE)
+            if has_lost_process(row, R.get_uri())
+            else format_status(row.status),
             job_counts_text(jobs, get_job_count(row)) if jobs else "none",
             (format_local_time(row.start_time) or "")[:16],
         )

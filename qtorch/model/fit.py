@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qtorch.core.errors import ConfigError
 from qtorch.core.identity import digest
 from qtorch.core.runtime import seed_everything
 from qtorch.core.session import resolve_path
@@ -21,13 +22,21 @@ from qtorch.model.devices.numerics import numerical_settings
 from qtorch.model.devices.ranks import RanksStopped, check_devices, fit_on_ranks
 from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.checkpoint import (
+    CALLBACK_STATE_KEY,
+    ENDED_EARLY,
     LAST,
-    find_resume_checkpoint,
+    PREVIOUS,
+    READABLE_FORMATS,
+    CheckpointError,
+    get_format_version,
+    newest_checkpoint,
     preserve_generators,
+    read_checkpoint,
     remove_leftovers,
 )
 from qtorch.model.loop.curves import NamedCurves, name_curves
 from qtorch.model.loop.interruption import Interruption, StopTraining, TrainingInterrupted
+from qtorch.model.loop.options import FitLength
 from qtorch.model.loop.training import Training, quiet_lightning, training_identity
 from qtorch.model.network_description import describe_network
 from qtorch.model.recipe import FitResult, Recipe
@@ -77,7 +86,7 @@ def fit_network(
             if folder is not None and isinstance(recorder, NamedCurves):
                 # The first training of a run has the folder, a later one a folder in it.
                 folder = stack.enter_context(hold_folder(folder / recorder.name))
-            checkpoint = find_resume_checkpoint(resume, folder, identity)
+            checkpoint = find_resume_checkpoint(resume, folder, identity, recipe.trainer.length)
             if recipe.trainer.num_devices > 1:
                 with _convert_interruption(folder, recorder):
                     return fit_on_ranks(
@@ -109,6 +118,92 @@ def fit_network(
         result = training.result(checkpoint)
         training.release_memory()
         return result
+
+
+def find_resume_checkpoint(
+    resume: str | Path | None, folder: Path | None, identity: str, length: FitLength
+) -> tuple[Path, dict[str, Any]] | None:
+    """Return the checkpoint to resume from, or None to start from scratch.
+
+    `resume` is None (start from scratch), "auto" (the folder's newest checkpoint if it belongs to
+    the same training), or the path of a checkpoint or of a folder of checkpoints (ConfigError if it
+    belongs to another training). If a shorter training ended inside an epoch, one of this `length`
+    goes on from before that end, as if there had been none.
+    """
+    checkpoint = _find_newest_checkpoint(resume, folder, identity)
+    if checkpoint is None or not checkpoint[1][CALLBACK_STATE_KEY].get(ENDED_EARLY):
+        return checkpoint
+    if not length.exceeds(checkpoint[1]):
+        return checkpoint
+    path, state = checkpoint
+    earlier = _read_earlier_checkpoint(path.parent / PREVIOUS, state)
+    if earlier is None and resume == "auto":
+        log.info(
+            "starting from scratch: there is no checkpoint from before the end of the training "
+            "inside epoch %d",
+            state["epoch"],
+        )
+        return None
+    if earlier is None:
+        log.warning(
+            "%s is the end of a shorter training inside epoch %d, and %s, from which a longer one "
+            "would go on, is not beside it: the rest of this epoch is left out.",
+            path,
+            state["epoch"],
+            PREVIOUS,
+        )
+        return checkpoint
+    return earlier
+
+
+def _read_earlier_checkpoint(path: Path, end: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """Return the checkpoint of the same training from before its end; None if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        content = read_checkpoint(path)
+    except CheckpointError as error:
+        log.warning("%s It is skipped.", error)
+        return None
+    state, end_state = content[CALLBACK_STATE_KEY], end[CALLBACK_STATE_KEY]
+    is_same = state["identity"] == end_state["identity"] and not state.get(ENDED_EARLY)
+    return (path, content) if is_same and content["global_step"] <= end["global_step"] else None
+
+
+def _find_newest_checkpoint(
+    resume: str | Path | None, folder: Path | None, identity: str
+) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest checkpoint that `resume` stands for, if it belongs to the training."""
+    if resume is None:
+        return None
+    if resume == "auto":
+        checkpoint = None if folder is None else newest_checkpoint(folder)
+        if checkpoint is None:
+            return None
+    else:
+        path = resolve_path(resume)
+        checkpoint = newest_checkpoint(path) if path.is_dir() else (path, read_checkpoint(path))
+        if checkpoint is None:
+            raise ConfigError(f"{resume} contains no checkpoint to resume from.")
+    path, state = checkpoint[0], checkpoint[1][CALLBACK_STATE_KEY]
+    version = get_format_version(checkpoint[1])
+    if version not in READABLE_FORMATS:
+        readable = ", ".join(map(str, READABLE_FORMATS))
+        raise ConfigError(
+            f"{path} has checkpoint format {version}, but this version reads {readable}: "
+            "finish the training with the version that started it, or start from scratch."
+        )
+    if state["identity"] == identity:
+        return checkpoint
+    if resume != "auto":
+        raise ConfigError(
+            f"{path} belongs to another training: model, data, batches or seed differ. "
+            "Start from scratch (resume=None), or use finetune to train on other data."
+        )
+    log.warning(
+        "%s belongs to another training (model, data or seed differ): starting from scratch.", path
+    )
+    return None
 
 
 @contextmanager

@@ -217,6 +217,12 @@ def is_abandoned(path: Path) -> bool:
     return state is not None and not _has_live_holder(path, state)
 
 
+def has_dead_holder(path: Path) -> bool:
+    """Whether the holder was a process of this machine that has ended; False if unknown."""
+    token = _read_token(path)
+    return token is not None and _holder(token).is_alive() is False
+
+
 def _has_live_holder(path: Path, state: ClaimState) -> bool:
     is_alive = _holder(state[0]).is_alive()
     return _seconds_since_touch(path, state) < STALE_SECONDS if is_alive is None else is_alive

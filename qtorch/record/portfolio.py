@@ -14,6 +14,7 @@ from qtorch.backtest.result import BacktestResult, period_name, resample_indicat
 from qtorch.backtest.run import backtest, build_executor, check_backtest
 from qtorch.backtest.simulate import DELISTINGS
 from qtorch.backtest.strategy import Strategy, TopkDropoutStrategy
+from qtorch.core.dates import date_rows
 from qtorch.core.errors import AuditError, ConfigError, LoadObjectError, RecordError, check_name
 from qtorch.core.instantiate import (
     check_config,
@@ -191,12 +192,10 @@ class PortAnaRecord(Record):
         read, but for the dataset's if it `is_loaded`.
         """
         self.dataset = dataset
-        instruments = getattr(self._handler(), "instruments", None)
-        if isinstance(instruments, list | tuple):
-            self.check_universe(len(instruments))
         exchange = (self.backtest.get("exchange_kwargs") or {}).get("exchange")
         source = self._bars_source()
         if source is None or isinstance(exchange, Mapping):  # an exchange may have its own source
+            self._check_num_instruments()
             return
         if source.knows_names or (is_loaded and source is self._source()):
             settings = self._backtest_settings()
@@ -205,6 +204,27 @@ class PortAnaRecord(Record):
             for name in ("delisting", "as_qlib"):
                 settings.pop(name, None)
             check_backtest(executor=self.executor, **settings)
+        self._check_num_instruments()
+
+    def _check_num_instruments(self) -> None:
+        num_instruments = self._count_instruments()
+        if num_instruments is not None:
+            self.check_universe(num_instruments)
+
+    def _count_instruments(self) -> int | None:
+        """Return how many instruments the test segment has at most; None if data must be read."""
+        handler = self._handler()
+        instruments = getattr(handler, "instruments", None)
+        if isinstance(instruments, list | tuple):
+            return len(instruments)
+        source = self._source()
+        calendar = None if handler is None else handler.find_calendar()
+        if source is None or calendar is None or not source.knows_names:
+            return None
+        rows = date_rows(calendar, *self.dataset.segments.get("test", (None, None)))
+        if rows.start >= rows.stop:
+            return None
+        return len(source.select_members(instruments, calendar, rows))
 
     def check_universe(self, num_instruments: int) -> None:
         """Raise ConfigError if the strategy is to hold more instruments than there are scores of.

@@ -14,6 +14,7 @@ import pandas as pd
 from qtorch.core.errors import ArgumentError, unknown_name_message
 from qtorch.core.lazy import quick_imports
 from qtorch.core.secrets import redact_urls
+from qtorch.tracking.claims import share_run
 from qtorch.tracking.experiment import Experiment, runs_table
 from qtorch.tracking.locations import default_uri, resolve_uri
 from qtorch.tracking.recorder import Recorder, current_recorder, final_status
@@ -260,7 +261,8 @@ class Workflow(ExpManager):
         )
         recorder = self.get_recorder()
         try:
-            yield experiment
+            with share_run(str(recorder.id), recorder.uri):
+                yield experiment
         except BaseException as error:
             try:
                 recorder.end_run(final_status(type(error)))

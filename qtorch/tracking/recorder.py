@@ -62,6 +62,7 @@ CHANGED_PREFIX = "qtorch.changed_param."
 FROM_TAG = "warm_start.from"
 DEPTH_TAG = "warm_start.depth"  # number of earlier trainings that the weights went through
 PARENT_TAG = "mlflow.parentRunId"  # nests a run under another on MLflow's page
+HOST_TAG = "hostname"  # the machine that trains the task of a run; other runs have none
 
 # A read-only mapping, because the default is shared by all contexts.
 _initial_tags: ContextVar[Mapping[str, str]] = ContextVar(

@@ -30,7 +30,7 @@ from qtorch.process.heartbeat import beat
 from qtorch.tracking.claims import hold_run
 from qtorch.tracking.delivery import send_outbox
 from qtorch.tracking.manager import R
-from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.recorder import HOST_TAG, Recorder
 from qtorch.tracking.run_description import log_dataset
 from qtorch.tracking.store_types import NotInStoreError
 from qtorch.trainer.checks import (
@@ -324,7 +324,7 @@ def _load_seed(recorder: Recorder, default_seed: int) -> int:
 def _log_task(recorder: Recorder, task: dict[str, Any]) -> None:
     recorder.log_params(**flatten_dict(loggable_task(task)))
     recorder.save_objects(task=redact_tree(task))
-    recorder.set_tags(hostname=socket.gethostname())
+    recorder.set_tags(**{HOST_TAG: socket.gethostname()})
     recorder.flush()  # so that even a run killed at once contains its task
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
 
 import pytest
+from forked_process import ForkedProcess
 
 from qtorch import R
 from qtorch.cli.main import main
-from qtorch.study.sweep import JOB_TAG
-from qtorch.tracking.claims import hold_run
+from qtorch.study.sweep import JOB_TAG, SWEEP_TAG
+from qtorch.tracking.claims import hold_run, share_run
 from qtorch.tracking.locations import claims_folder
 from qtorch.tracking.recorder import remove_running
 
@@ -59,6 +62,8 @@ def orphan_run(ids) -> str:
     R.start_exp(experiment_name="mine", recorder_name="lost")
     recorder = R.get_recorder()
     run_id = str(recorder.id)
+    recorder.set_tags(hostname="here")  # as the run of a task has it
+    recorder.flush()
     remove_running(recorder)
     assert recorder._deactivate is not None
     recorder._deactivate()  # it is not MLflow's active run either
@@ -95,6 +100,59 @@ def test_run_is_running_as_long_as_its_process_may_live(orphan_run, capsys):
 def test_lost_job_of_a_sweep_is_resumed_with_its_sweep(orphan_run, capsys):
     R.get_recorder(recorder_id=orphan_run).set_tags(**{f"{JOB_TAG}abc": "{}"})
     assert f"resume run {orphan_run[:12]}: qtorch sweep resume abc" in run(capsys)
+
+
+def wait_in_run(write_end: int, tag: str, param: str) -> None:
+    """Wait in a run until the process is killed."""
+    with R.start(experiment_name="mine"):
+        recorder = R.get_recorder()
+        recorder.set_tags(**{tag: "name"})
+        recorder.log_params(**{param: 1})
+        recorder.flush()
+        os.write(write_end, str(recorder.id).encode())
+        time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    ("tag", "param", "hint"),
+    [
+        (SWEEP_TAG, "p", "qtorch sweep resume {id}"),
+        ("t", "rolling.step", "start its rolling study again"),
+        ("t", "p", "R.start(recorder_id='{id}', resume=True)"),
+    ],
+    ids=["sweep", "rolling", "program"],
+)
+def test_run_of_any_killed_process_counts_as_killed(capsys, tag, param, hint):
+    read_end, write_end = os.pipe()
+    process = ForkedProcess(lambda: wait_in_run(write_end, tag, param))
+    os.close(write_end)  # so that reading ends if the process fails
+    run_id = os.read(read_end, 32).decode()
+    assert "KILLED" not in run(capsys)
+    assert run_id[:12] in run(capsys, "status=running")
+    process.kill()
+    process.wait(10)
+    table = run(capsys)
+    assert "KILLED (its process is gone)" in table
+    assert f"resume run {run_id[:12]}: {hint.format(id=run_id)}" in table
+    with R.start(experiment_name="mine", recorder_id=run_id, resume=True):
+        assert "KILLED" not in run(capsys)
+        assert len(list(claims_folder(R.get_uri()).glob(f"run-{run_id}*.json"))) == 1
+    assert "KILLED" not in run(capsys)
+    assert not list(claims_folder(R.get_uri()).glob(f"run-{run_id}*.json"))
+
+
+def test_run_is_alive_as_long_as_one_of_its_processes(capsys):
+    with R.start(experiment_name="mine"):
+        run_id = str(R.get_recorder().id)
+        process = ForkedProcess(lambda: share_and_die(run_id))
+        process.wait(10)
+        assert len(list(claims_folder(R.get_uri()).glob(f"run-{run_id}*.json"))) == 2
+        assert "KILLED" not in run(capsys)
+
+
+def share_and_die(run_id: str) -> None:
+    with share_run(run_id, R.get_uri()):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_wrong_options_are_refused(capsys):

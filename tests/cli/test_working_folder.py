@@ -82,6 +82,15 @@ def test_main_called_from_python_leaves_the_path_alone(monkeypatch, tmp_path):
     assert sys.path == path
 
 
+def test_a_command_writes_where_it_began(monkeypatch, tmp_path):
+    """Also with Hydra's setting that jobs work in folders of their own."""
+    from qtorch.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "import", "data=synthetic_tiny", "out=bars", "hydra.job.chdir=true"]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["bars"]
+
+
 def test_python_m_runs_the_command(tmp_path):
     process = subprocess.run(
         [sys.executable, "-m", "qtorch", "--version"],

@@ -343,3 +343,20 @@ def test_missing_launcher_is_reported_before_the_sweep_starts(qtorch_cli, runs, 
     result = qtorch_cli("train", "-m", "debug=tiny", "hydra/launcher=joblib", "seed=0,1")
     assert "pip install 'hydra-joblib-launcher>=" in result.error()
     assert not sweeps(runs)
+
+
+def test_killed_sweep_counts_as_killed_and_is_resumed(start, runs, qtorch_cli):
+    """The sweep's own run has no process any more either: `kill -9` let nobody end it."""
+    child = start("train", "-m", "debug=tiny", "trainer.max_epochs=200", "seed=0,1")
+    wait_for_epoch(runs, child)
+    child.kill()
+    child.communicate()
+    (sweep,) = sweeps(runs)
+    assert sweep.status == "RUNNING"
+    deadline = time.monotonic() + 60
+    while (result := qtorch_cli("runs", "status=running")).out.count("debug"):
+        assert time.monotonic() < deadline, result.out
+        time.sleep(0.2)
+    table = qtorch_cli("runs").out
+    assert f"resume run {sweep.id[:12]}: qtorch sweep resume {sweep.id}" in table
+    assert "KILLED (its process is gone)" in qtorch_cli("sweep", "list").out

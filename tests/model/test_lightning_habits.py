@@ -279,6 +279,22 @@ def test_parameter_groups_by_name(dataset: ToyDataset) -> None:
 # -- loggers ---------------------------------------------------------------------------------------
 
 
+def test_true_is_the_default_logger_of_lightning(
+    dataset: ToyDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit_model(dataset, trainer={"logger": True})
+    (folder,) = (tmp_path / "lightning_logs").iterdir()  # of TensorBoard, else CSV
+    assert {f.name.split(".")[0] for f in folder.iterdir()} & {"metrics", "events"}
+    fit_model(dataset, trainer={"logger": False})
+    fit_model(dataset)
+    assert len(list((tmp_path / "lightning_logs").iterdir())) == 1
+    recorder = ToyRecorder(tmp_path)
+    fit_model(dataset, trainer={"logger": True}, recorder=recorder)
+    assert len(list((tmp_path / "lightning_logs").iterdir())) == 1  # the run has the metrics
+    assert ("valid/loss", 1) in recorder.history()
+
+
 @pytest.mark.parametrize("is_user_module", [False, True])
 def test_csv_logger_is_written_after_each_epoch(
     dataset: ToyDataset, tmp_path: Path, is_user_module: bool

@@ -43,6 +43,8 @@ def test_training_loop_has_the_private_parts() -> None:
     assert "self._broadcast_sigterm_tensor()" in inspect.getsource(_TrainingEpochLoop.advance)
     assert "_should_check_val_fx(" in inspect.getsource(_TrainingEpochLoop.on_advance_end)
     assert hasattr(loop, "_data_fetcher")
+    assert loop._can_stop_early is True
+    assert loop._iteration_based_training() is False
     assert epoch_loop._batches_that_stepped == 0
     assert epoch_loop._should_accumulate() in (True, False)
     lightning_internals.count_optimizer_step(trainer)

@@ -40,7 +40,10 @@ def check(monkeypatch):
     monkeypatch.setattr(SyntheticSource, "panel", lambda self: pytest.fail("data is read"))
 
     def check_overrides(*overrides: str) -> None:
-        task = compose_settings("train", ["data=synthetic_tiny", *overrides])
+        words = ["data=synthetic_tiny", *overrides]
+        if "record=full" in words and not any(w.startswith("portfolio.topk") for w in words):
+            words.append("portfolio.topk=10")  # of 30 instruments
+        task = compose_settings("train", words)
         check_task(task["task"])
 
     return check_overrides
@@ -76,6 +79,8 @@ def check(monkeypatch):
         ("segments.train=0.9", "each must be in (0, 1] and their sum at most 1"),
         ("segments.train=[2019-01-01,2018-01-01]", "must be all fractions or all dates"),
         ("dataset.step_len=0", "step_len"),
+        ("+dataset.flt_col=labl", "Did you mean 'label'"),
+        ("+dataset.flt_col=feature", "flt_col='feature' must be a group of one column, it has 158"),
         ("dataset.step_len=abc", "step_len of TSDatasetH is 'abc'; expected a whole number"),
         ("data.num_instruments=abc", "num_instruments of SyntheticSource is 'abc'"),
         ("+handler.vwap=[x]", "vwap of Alpha158 is ['x']; expected text or null"),
@@ -130,7 +135,8 @@ def test_wrong_settings(override, message, check):
         ("portfolio.as_qlib=maybe", "as_qlib of backtest is 'maybe'; expected true or false"),
         ("benchmark=300", "the benchmark (an instrument or a universe) 300 is not text"),
         ("portfolio.account={cash: 1e6, S99: 5}", "unknown instrument of the account 'S99'"),
-        ("universe=[S01,S02]", "topk=50 is more than the 2 instruments"),
+        ("universe=[S01,S02]", "topk=10 is more than the 2 instruments"),
+        ("portfolio.topk=1000", "topk=1000 is more than the 28 instruments of the test segment"),
         ("+record.3.config.executor={class: NestedExecutor}", "executor 'NestedExecutor' is not"),
         ("record.2.segments=[tset]", "segment of SegmentICRecord 'tset'. Did you mean 'test'"),
     ],

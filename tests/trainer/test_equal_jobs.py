@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qtorch import R
-from qtorch.cli.jobs.repeats import connect_repeats, store_repeats
+from qtorch.cli.jobs.repeats import connect_repeats, failure_texts, store_repeats
 from qtorch.cli.jobs.work import apply_outcome
 from qtorch.cli.tables.jobs import job_counts_text, print_sweep
 from qtorch.study.sweep import JobResult, add_repeats, end_sweep, start_sweep, sweep_jobs
@@ -56,3 +56,24 @@ def test_job_does_not_fail_because_an_equal_one_is_at_work(sweep_id, make_task):
     assert second.error == third.error == "another process is working on it."
     connect_repeats([first, second])
     assert (second.same_as, second.error) == (0, None)
+
+
+def test_equal_jobs_that_fail_are_named_in_one_error(sweep_id, make_task):
+    task = make_task(fail="error")
+    results = []
+    for number in range(3):
+        try:
+            results.append(run_job(task, sweep_id, number))
+        except ValueError as error:
+            run_id = results[0].run_id if results else R.list_recorders(experiment_name="exp")
+            assert not results
+            (run_id,) = [k for k in run_id if k != sweep_id]
+            results.append(JobResult(number, ["x=1"], "FAILED", run_id=run_id, error=str(error)))
+    results.append(JobResult(3, ["x=3"], "FAILED", error="another one"))
+    connect_repeats(results)
+    first = f"jobs 0, 1, 2 (the same task): {results[0].error}"
+    assert failure_texts(results) == [first, "job 3: another one"]
+    assert "failed before" not in first
+    connect_repeats(results[1:])  # the same command again
+    assert failure_texts(results[1:3]) == [f"jobs 1, 2 (the same task): {results[1].error}"]
+    assert "failed before; set sweep.retry=true" in str(results[1].error)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from qtorch.cli.jobs.results import KILLED
 from qtorch.study.sweep import JOB_TAG, JobResult
-from qtorch.study.sweep_job import ELSEWHERE, SKIPPED
+from qtorch.study.sweep_job import ELSEWHERE, FAILED_BEFORE, SKIPPED
 from qtorch.tracking.manager import R
 
 
@@ -24,7 +25,7 @@ def connect_repeats(results: Sequence[JobResult]) -> None:
         if result.run_id is not None:
             jobs_by_run.setdefault(str(result.run_id), []).append(result)
     for jobs in (jobs for jobs in jobs_by_run.values() if len(jobs) > 1):
-        workers = [job for job in jobs if job.note not in (SKIPPED, ELSEWHERE)]
+        workers = [job for job in jobs if job.note not in (SKIPPED, ELSEWHERE, FAILED_BEFORE)]
         owner = (workers or jobs)[0]
         repeats = [job for job in jobs if job is not owner]
         owner.repeats = [{"number": j.number, "overrides": j.overrides} for j in repeats]
@@ -40,3 +41,19 @@ def store_repeats(sweep_id: str, results: Sequence[JobResult]) -> None:
         details = {"number": job.number, "overrides": job.overrides, "repeats": job.repeats}
         recorder = R.get_recorder(recorder_id=job.run_id)
         recorder.set_tags(**{JOB_TAG + sweep_id: json.dumps(details)})
+
+
+def failure_texts(results: Sequence[JobResult]) -> list[str]:
+    """Return the errors of the failed jobs, one text for all jobs that are the same task."""
+    failures = [job for job in results if job.error and job.status != KILLED]
+    numbers = {job.number for job in failures}
+    texts = []
+    for job in failures:
+        if job.same_as in numbers:
+            continue  # the text of that job names this one
+        equal = [str(other.number) for other in failures if other.same_as == job.number]
+        name = f"job {job.number}"
+        if equal:
+            name = f"jobs {', '.join([str(job.number), *equal])} (the same task)"
+        texts.append(f"{name}: {job.error}")
+    return texts

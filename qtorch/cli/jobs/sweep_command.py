@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qtorch.cli.compose import LOCAL
 from qtorch.cli.guard import INTERRUPTED, configure_process, error_line
-from qtorch.cli.jobs.repeats import connect_repeats, store_repeats
+from qtorch.cli.jobs.repeats import connect_repeats, failure_texts, store_repeats
 from qtorch.cli.jobs.results import FAILED, KILLED, RUNNING, SENT, command_results
 from qtorch.cli.jobs.stored_command import RESUME_WORDS
 from qtorch.cli.jobs.work import LOCK_VARIABLE, is_isolated, job_fork_server
@@ -42,6 +43,7 @@ from qtorch.study.sweep import (
     start_sweep,
     sweep_jobs,
 )
+from qtorch.tracking.claims import share_run
 
 # The workflow files of `qtorch run` in this process, as plain YAML by their digest.
 WORKFLOWS: dict[str, str] = {}
@@ -87,6 +89,7 @@ class SweepCommand:
         self.recorder: Any = None
         self.lock: CommandLock | None = None  # for jobs that run in child processes
         self._signals = StopSignals(self._stop, self._exit)
+        self._claim = ExitStack()  # of the sweep's run, until the command ends
 
     @property
     def is_stopped(self) -> bool:
@@ -120,6 +123,7 @@ class SweepCommand:
             **({"workflows": dict(WORKFLOWS)} if "workflow" in config else {}),
         )
         id = self.recorder.id
+        self._claim.enter_context(share_run(str(id), self.recorder.uri))
         job_variables = {SWEEP_VARIABLE: id}
         if self.lock is not None:
             job_variables[LOCK_VARIABLE] = f"'{self.lock.path}'"
@@ -172,10 +176,8 @@ class SweepCommand:
             self._end_run(results, has_error=error is not None, is_interrupted=is_interrupted)
         except TrackingError as tracking_error:
             print(f"error: {error_line(tracking_error)}", file=sys.stderr)
-        for result in results:
-            if result.error and result.status != KILLED:
-                text = printable_text(str(result.error))
-                print(f"error: job {result.number}: {text}", file=sys.stderr)
+        for text in failure_texts(results):
+            print(f"error: {printable_text(text)}", file=sys.stderr)
         if error is not None:
             raise error
         if is_interrupted:
@@ -219,6 +221,7 @@ class SweepCommand:
             self.lock.close()
         if self.recorder is not None and self.recorder.status == RUNNING:
             self.recorder.end_run(FAILED)  # the command ended before its results table
+        self._claim.close()
 
 
 _sweeps: list[SweepCommand] = []

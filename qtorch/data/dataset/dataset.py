@@ -417,15 +417,20 @@ class TSDatasetH(DatasetH):
 
         return self._prepare_each(segments, sampler)
 
+    def check_settings(self) -> None:
+        super().check_settings()
+        names = self.handler.data_loader.names()
+        if self.flt_col is None or names is None:
+            return
+        check_name("flt_col (a group of one boolean column)", self.flt_col, names)
+        _check_flag_group(self.flt_col, names[self.flt_col])
+
     def _sample_mask(self, data_key: str, flt_col: str | None = None) -> Tensor | None:
         group = self.flt_col if flt_col is None else flt_col
         if group is None:
             return None
         columns = self.view(data_key).group(group)
-        if len(columns.names) != 1:
-            raise ConfigError(
-                f"flt_col={group!r} must be a group of one column, it has {len(columns.names)}."
-            )
+        _check_flag_group(group, columns.names)
         value = columns.column(columns.names[0])
         return (value != 0) & ~torch.isnan(value)
 
@@ -435,6 +440,11 @@ class TSDatasetH(DatasetH):
             self.step_len = _check_step_len(step_len)
             self._arguments = {**self._arguments, "step_len": step_len}
         super().config(*args, **kwargs)
+
+
+def _check_flag_group(group: str, names: Sequence[str]) -> None:
+    if len(names) != 1:
+        raise ConfigError(f"flt_col={group!r} must be a group of one column, it has {len(names)}.")
 
 
 def _check_step_len(step_len: int) -> int:

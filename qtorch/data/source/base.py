@@ -191,7 +191,7 @@ class Source(Configured, ABC):
         rows = _select_rows(calendar, start_time, end_time)
         first = 0 if before is None else max(0, rows.start - before)
         last = len(calendar) if after is None else min(len(calendar), rows.stop + after)
-        membership = self._select_members(
+        membership = self.select_members(
             instruments, calendar, slice(first, last) if members_before else rows
         )
         field_names = tuple(
@@ -317,7 +317,7 @@ class Source(Configured, ABC):
         """Return the names that have bars; a source may drop others with a warning."""
         return names
 
-    def _select_members(
+    def select_members(
         self, instruments: Instruments, calendar: pd.DatetimeIndex, rows: slice
     ) -> Membership:
         """Return the spans of the instruments that are members on at least one of the rows."""

@@ -23,16 +23,16 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ProgressBar
+from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from qtorch.core.errors import ConfigError, DataError, QtorchError
 from qtorch.core.file_digest import PLACEHOLDER, check_digest, insert_digest
 from qtorch.core.files import atomic_write, remove_partial_files
-from qtorch.core.session import resolve_path
 from qtorch.model.loop.interruption import StopTraining
 from qtorch.model.loop.lightning_internals import (
+    can_stop,
     epoch_state,
     num_finished_epochs,
     restore_epoch_state,
@@ -56,7 +56,11 @@ from qtorch.process.stops import StopRequest
 log = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+EARLIER_BEST = "earlier-best.ckpt"  # the best one before an epoch that ended early was one
 CALLBACK_STATE_KEY = "qtorch_keeper"
+ENDED_EARLY = "ended_early"  # why the training ended inside an epoch: one of the next line
+MAX_STEPS, MAX_TIME, STOPPED_BY_CALLBACK = "max_steps", "max_time", "callback"
+TIMER = "Timer"  # the key of Lightning's timer (max_time) in a checkpoint
 GENERATORS, ACCUMULATORS, THREADS = "generators", "tallies", "threads"  # keys of RankStates
 FORMAT_VERSION = 4  # of the entry under CALLBACK_STATE_KEY
 # Format 2 holds one member, without a list of members; formats 2 and 3 have no digest.
@@ -117,8 +121,16 @@ def save_and_rotate(
     return last
 
 
-def link_best_checkpoint(folder: Path) -> None:
-    """Make the last checkpoint the best one, as a hard link to the same file."""
+def link_best_checkpoint(folder: Path, *, keep_earlier: bool = False) -> None:
+    """Make the last checkpoint the best one, as a hard link to the same file.
+
+    `keep_earlier`: the last checkpoint is the end of a training inside an epoch. A longer training
+    has no such end, so that the best one of its whole epochs is kept for it.
+    """
+    if keep_earlier and (folder / BEST).exists():
+        os.replace(folder / BEST, folder / EARLIER_BEST)
+    elif not keep_earlier:
+        (folder / EARLIER_BEST).unlink(missing_ok=True)
     link = _temporary_path(folder, BEST)
     link.unlink(missing_ok=True)
     try:
@@ -126,6 +138,12 @@ def link_best_checkpoint(folder: Path) -> None:
     except OSError:  # the file system has no hard links
         link.write_bytes((folder / LAST).read_bytes())
     os.replace(link, folder / BEST)
+
+
+def restore_earlier_best(folder: Path) -> None:
+    """Undo `link_best_checkpoint(folder, keep_earlier=True)`, if it was the last one."""
+    if (folder / EARLIER_BEST).exists():
+        os.replace(folder / EARLIER_BEST, folder / BEST)
 
 
 def remove_leftovers(folder: Path, *, is_finished: bool) -> None:
@@ -154,12 +172,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {first}") from error
     if not isinstance(content, dict) or CALLBACK_STATE_KEY not in content:
         raise CheckpointError(f"{path} is not a checkpoint written by qtorch.")
-    if not is_intact and _format_version(content) >= FIRST_FORMAT_WITH_DIGEST:
+    if not is_intact and get_format_version(content) >= FIRST_FORMAT_WITH_DIGEST:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: its digest is missing.")
     return content
 
 
-def _format_version(content: dict[str, Any]) -> int:
+def get_format_version(content: dict[str, Any]) -> int:
     return int(content[CALLBACK_STATE_KEY].get("format", 1))
 
 
@@ -173,47 +191,6 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             log.warning("%s It is skipped.", error)
     if paths:
         log.warning("%s contains no intact checkpoint.", folder)
-    return None
-
-
-def find_resume_checkpoint(
-    resume: str | Path | None, folder: Path | None, identity: str
-) -> tuple[Path, dict[str, Any]] | None:
-    """Return the checkpoint to resume from, or None to start from scratch.
-
-    `resume` is None (start from scratch), "auto" (the folder's newest checkpoint if it belongs to
-    the same training), or the path of a checkpoint or of a folder of checkpoints (ConfigError if it
-    belongs to another training).
-    """
-    if resume is None:
-        return None
-    if resume == "auto":
-        checkpoint = None if folder is None else newest_checkpoint(folder)
-        if checkpoint is None:
-            return None
-    else:
-        path = resolve_path(resume)
-        checkpoint = newest_checkpoint(path) if path.is_dir() else (path, read_checkpoint(path))
-        if checkpoint is None:
-            raise ConfigError(f"{resume} contains no checkpoint to resume from.")
-    path, state = checkpoint[0], checkpoint[1][CALLBACK_STATE_KEY]
-    version = _format_version(checkpoint[1])
-    if version not in READABLE_FORMATS:
-        readable = ", ".join(map(str, READABLE_FORMATS))
-        raise ConfigError(
-            f"{path} has checkpoint format {version}, but this version reads {readable}: "
-            "finish the training with the version that started it, or start from scratch."
-        )
-    if state["identity"] == identity:
-        return checkpoint
-    if resume != "auto":
-        raise ConfigError(
-            f"{path} belongs to another training: model, data, batches or seed differ. "
-            "Start from scratch (resume=None), or use finetune to train on other data."
-        )
-    log.warning(
-        "%s belongs to another training (model, data or seed differ): starting from scratch.", path
-    )
     return None
 
 
@@ -425,6 +402,7 @@ class CheckpointCallback(Checkpoint):
         self._validated_weights: dict[str, Tensor] | None = None
         self._is_new_best = False  # and not yet in a checkpoint
         self._is_checkpoint_due = False  # within the epoch, not yet written
+        self._ended_early: str | None = None  # why the training ended inside an epoch
         self._unsent_metrics: list[tuple[dict[str, float], int]] = []
         self.progress_callback = ProgressCallback(self)
 
@@ -432,6 +410,14 @@ class CheckpointCallback(Checkpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.ranks.connect()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do not train on after a checkpoint in which early stopping had ended the training."""
+        early_stops = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]  # a list, in spite of its annotation
+        if any(0 < c.wait_count >= c.patience for c in early_stops) or all(
+            member.is_stopped for member in self.members
+        ):
+            trainer.should_stop = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start_time = self._epoch_start_time = time.perf_counter()
@@ -484,7 +470,7 @@ class CheckpointCallback(Checkpoint):
         position = self.loader.position
         if has_listeners():
             self._send_heartbeat(trainer, position)
-        if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        if has_reached_max_steps(trainer):
             trainer.should_stop = True  # then a validation follows, as at the end of an epoch
         if isinstance(pl_module, ScoreModule):
             num_pending = pl_module.weight_update.num_pending
@@ -494,6 +480,8 @@ class CheckpointCallback(Checkpoint):
             return  # a checkpoint cannot hold accumulated gradients
         if self.every_n_steps is not None and position % self.every_n_steps == 0:
             self._is_checkpoint_due = True
+        if self._ends_in_front_of_batches(trainer):
+            self._save_checkpoint(trainer)  # a longer training goes on from here
         if validates_next(trainer):
             return  # a training resumed from here would skip this validation
         stop = self.ranks.any_rank(self.interruption.stop_requested)
@@ -501,6 +489,11 @@ class CheckpointCallback(Checkpoint):
             self._save_checkpoint(trainer)
         if stop:
             self._stop(trainer.current_epoch, position)
+
+    def _ends_in_front_of_batches(self, trainer: pl.Trainer) -> bool:
+        """Whether the training ends here where a longer one would go on with the next batch."""
+        is_end = has_reached_max_steps(trainer) or (trainer.should_stop and can_stop(trainer))
+        return is_end and self.loader.can_resume and not validates_next(trainer, ignore_stop=True)
 
     def record_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record an epoch that has ended, and judge its weights."""
@@ -528,6 +521,8 @@ class CheckpointCallback(Checkpoint):
             trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.loader.position < self.loader.num_batches:
+            self._ended_early = _end_reason(trainer)
         self._save_checkpoint(trainer)
         if self.ranks.any_rank(self.interruption.stop_requested):
             self._stop(trainer.current_epoch + 1, 0)
@@ -663,9 +658,12 @@ class CheckpointCallback(Checkpoint):
             rotate=self.ranks.is_first,
             keep_previous=self.resumed_from == self.folder / PREVIOUS,
         )
+        if self.ranks.is_first:
+            if self.resumed_from == self.folder / PREVIOUS:
+                restore_earlier_best(self.folder)
+            if self._is_new_best:  # the checkpoint holds the best weights
+                link_best_checkpoint(self.folder, keep_earlier=self._ended_early is not None)
         self.resumed_from = None
-        if self._is_new_best and self.ranks.is_first:
-            link_best_checkpoint(self.folder)  # the checkpoint holds the best weights
         self._is_new_best = False
 
     def _send_heartbeat(
@@ -722,6 +720,7 @@ class CheckpointCallback(Checkpoint):
             "inner_steps": self.loader.inner_steps,
             "cut_every": self.loader.cut_every,
             "position": self.loader.position,
+            ENDED_EARLY: self._ended_early,
         }
 
     def on_load_checkpoint(
@@ -774,6 +773,22 @@ class ProgressCallback(EarlyStopping):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.checkpoint_callback.record_epoch(trainer, pl_module)
+
+
+def has_reached_max_steps(trainer: pl.Trainer) -> bool:
+    """Whether the fit has as many optimizer steps as `max_steps` allows."""
+    return trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+
+
+def _end_reason(trainer: pl.Trainer) -> str | None:
+    """Return why a training ends here; None if only the epoch ends, by a hook of the user's."""
+    if has_reached_max_steps(trainer):
+        return MAX_STEPS
+    if not (trainer.should_stop and can_stop(trainer)):
+        return None
+    timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]  # a list, in spite of its annotation
+    remaining = [timer.time_remaining() for timer in timers]
+    return MAX_TIME if any(r is not None and r <= 0 for r in remaining) else STOPPED_BY_CALLBACK
 
 
 def validates_within_epochs(trainer: pl.Trainer) -> bool:

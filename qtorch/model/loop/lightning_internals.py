@@ -34,15 +34,39 @@ def skip_sigterm_broadcast(trainer: pl.Trainer) -> None:
     loop._broadcast_sigterm_tensor = lambda: None
 
 
-def validates_next(trainer: pl.Trainer) -> bool:
+def resume_by_epochs(trainer: pl.Trainer) -> None:
+    """Resume a training with `max_steps` after a whole epoch as one without.
+
+    Lightning takes it for interrupted in the middle of that epoch, and ends the epoch once more,
+    with all hooks. No argument turns it off.
+    """
+    loop: Any = trainer.fit_loop
+    loop._iteration_based_training = lambda: False
+
+
+def can_stop(trainer: pl.Trainer) -> bool:
+    """Whether `min_epochs` and `min_steps` let a training end when `should_stop` is set.
+
+    The public alternative is to repeat how Lightning counts epochs and steps.
+    """
+    return bool(trainer.fit_loop._can_stop_early)
+
+
+def validates_next(trainer: pl.Trainer, *, ignore_stop: bool = False) -> bool:
     """Whether Lightning runs a validation between the finished batch and the next one.
 
+    `ignore_stop`: not counting the validation at the end of a training that `should_stop` ends.
     A training that resumed from a checkpoint written here would skip that validation. The public
     alternative is to repeat Lightning's rules for `val_check_interval` and
     `check_val_every_n_epoch` (counts, fractions, times).
     """
     loop: Any = trainer.fit_loop
-    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+    should_stop = trainer.should_stop
+    try:
+        trainer.should_stop = should_stop and not ignore_stop
+        return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+    finally:
+        trainer.should_stop = should_stop
 
 
 def count_optimizer_step(trainer: pl.Trainer) -> None:

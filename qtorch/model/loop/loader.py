@@ -126,6 +126,11 @@ class StepLoader:
             else:
                 yield StepBatches(self, batches, end)
 
+    @property
+    def can_resume(self) -> bool:
+        """Whether an epoch that is resumed at this position has training steps left."""
+        return self._chunk < len(self._ends)
+
     def release_samples(self) -> None:
         """Drop the samples after training: Lightning's objects hold this loader for longer."""
         del self.source

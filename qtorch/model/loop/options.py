@@ -25,6 +25,7 @@ from pytorch_lightning.callbacks import (
     ModelPruning,
     ProgressBar,
     StochasticWeightAveraging,
+    Timer,
     WeightAveraging,
 )
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy
@@ -38,6 +39,11 @@ from qtorch.core.trust import StoredText
 from qtorch.data.dataset.samples import require_segment
 from qtorch.model.loop.callbacks import BatchProgressBar, NotebookProgressBar
 from qtorch.model.loop.checkpoint import (
+    CALLBACK_STATE_KEY,
+    ENDED_EARLY,
+    MAX_STEPS,
+    MAX_TIME,
+    TIMER,
     AtomicCheckpointIO,
     is_whole_epoch,
     validates_within_epochs,
@@ -97,6 +103,24 @@ NUMBER_TYPES: dict[str, tuple[type, ...]] = {
 
 
 @dataclass(frozen=True)
+class FitLength:
+    """Limits of a fit that can end it inside an epoch; -1 and None are no limit."""
+
+    max_steps: int = -1
+    max_seconds: float | None = None
+
+    def exceeds(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether a fit goes on after a checkpoint in which one of these limits ended it."""
+        if self.max_steps != -1 and self.max_steps <= int(checkpoint["global_step"]):
+            return False
+        reason = checkpoint[CALLBACK_STATE_KEY][ENDED_EARLY]
+        if reason != MAX_TIME or self.max_seconds is None:
+            return reason in (MAX_STEPS, MAX_TIME)
+        timer = checkpoint["callbacks"].get(TIMER)  # None: a class of the user's
+        return timer is not None and self.max_seconds > float(timer["time_elapsed"]["train"])
+
+
+@dataclass(frozen=True)
 class TrainerOptions:
     """Validated trainer options.
 
@@ -153,6 +177,19 @@ class TrainerOptions:
         if is_enabled is None:
             return sys.stderr.isatty() or is_notebook() or self.has_progress_bar
         return bool(is_enabled)
+
+    @property
+    def length(self) -> FitLength:
+        """The limits of steps and time, of the arguments and of the timers among the callbacks."""
+        timers = [c for c in self.callbacks if isinstance(c, Timer)]
+        if self.arguments.get("max_time") is not None:
+            try:
+                timers.append(Timer(self.arguments["max_time"]))
+            except LIGHTNING_ERRORS as error:
+                raise _rejection(error) from error
+        seconds = [s for s in (timer.time_remaining() for timer in timers) if s is not None]
+        max_steps = self.arguments.get("max_steps")
+        return FitLength(-1 if max_steps is None else int(max_steps), min(seconds, default=None))
 
     def build_strategy(self) -> Any:
         """Return the user's strategy: a name, an object, or None. A configured one is built."""
@@ -438,6 +475,10 @@ class ScoreEarlyStopping(EarlyStopping):
         is_by_epoch = not validates_within_epochs(trainer) and trainer.check_val_every_n_epoch == 1
         self._check_on_train_epoch_end = is_by_epoch
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state, but keep the patience: a resumed training may have another one."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._is_due(trainer, pl_module):
             super().on_validation_end(trainer, pl_module)
@@ -511,9 +552,7 @@ def build_trainer(
         arguments["gradient_clip_algorithm"] = options.clip_algorithm
     arguments["enable_checkpointing"] = True  # CheckpointCallback is a Lightning Checkpoint
     is_first_rank = rank_info is None or rank_info.rank == 0
-    is_disabled = arguments.get("logger") is False
-    user_loggers = component_list(arguments.get("logger")) if is_first_rank else []
-    arguments["logger"] = build_loggers(user_loggers, logger, disabled=is_disabled) or False
+    arguments["logger"] = _trainer_loggers(arguments.get("logger"), logger, is_first_rank)
     arguments["plugins"] = _plugins(arguments.get("plugins"), rank_info)
     user_callbacks = options.callbacks
     if not is_first_rank:
@@ -526,6 +565,18 @@ def build_trainer(
         return pl.Trainer(**arguments, callbacks=callbacks)
     except LIGHTNING_ERRORS as error:
         raise _rejection(error) from error
+
+
+def _trainer_loggers(value: Any, logger: RecorderLogger | None, is_first_rank: bool) -> Any:
+    """Return the argument `logger` of pl.Trainer.
+
+    Lightning's default logger, which `value` True stands for, writes TensorBoard or CSV files into
+    `lightning_logs`. In a run, the run takes its place.
+    """
+    if value is True and logger is None and is_first_rank:
+        return True
+    user_loggers = component_list(value) if is_first_rank else []
+    return build_loggers(user_loggers, logger, disabled=value is False) or False
 
 
 def check_arguments(options: TrainerOptions, *, check_device: bool) -> None:

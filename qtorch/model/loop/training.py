@@ -41,6 +41,7 @@ from qtorch.model.loop.factories import (
 from qtorch.model.loop.lightning_internals import (
     detach_module,
     move_tensors,
+    resume_by_epochs,
     skip_sigterm_broadcast,
 )
 from qtorch.model.loop.loader import (
@@ -185,6 +186,7 @@ class Training:
             self.trainer.fit_loop.max_epochs = epochs + self.module.pretraining_epochs
         self._check_validation_interval()
         checkpoint_callback.log_epochs = not self.trainer.progress_bar_callback
+        resume_by_epochs(self.trainer)
         if self.rank_info is not None:
             skip_sigterm_broadcast(self.trainer)
         return checkpoint_callback
