@@ -234,8 +234,8 @@ class Orders:
             *((self, orders) if is_split else (None, None)),
         )
 
-    def select(self, mask: Bools) -> Self:
-        """The orders for which `mask [K]` is True."""
+    def select(self, mask: Bools | Indices) -> Self:
+        """The orders for which `mask [K]` is True, or those of the rows in it."""
         return type(self)(
             self.member[mask], self.instrument[mask], self.amount[mask], self.buying[mask]
         )

@@ -152,11 +152,13 @@ class PositionRows(Rows):
 
     @cached_property
     def member(self) -> Indices:
-        return self._place // self.prices.shape[1]
+        member: Indices = self._place // self.prices.shape[1]
+        return member
 
     @cached_property
     def instrument(self) -> Indices:
-        return self._place % self.prices.shape[1]
+        instrument: Indices = self._place % self.prices.shape[1]
+        return instrument
 
     @cached_property
     def values(self) -> Floats:
