@@ -253,6 +253,13 @@ def translate_hydra_errors(argv: Sequence[str] = (), root: str = ROOT_CONFIG) ->
         if "Config group override must be a string" not in str(error):
             raise
         words = [word for word in argv if re.search(r"=(.*,)?(null|None)(,|$)", word)]
+        if not words:
+            number = r"-?[\d.]+"
+            words = [w for w in argv if re.fullmatch(rf"\+*[\w/]+=(true|false|{number})", w, re.I)]
+            raise ConfigError(
+                f"{' '.join(words)}: the value of a config group is the name of one of its options "
+                "(a file of conf/), not a number, true or false."
+            ) from error
         raise ConfigError(
             f"{' '.join(words)}: an option of a config group cannot be null. Leave it out for the "
             "default (for debug and experiment: none)."

@@ -213,12 +213,13 @@ class PortAnaRecord(Record):
 
     def _count_instruments(self) -> int | None:
         """Return how many instruments the test segment has at most; None if data must be read."""
-        handler = self._handler()
-        instruments = getattr(handler, "instruments", None)
+        handler, source = self._handler(), self._source()
+        if handler is None:
+            return None
+        instruments = handler.instruments
         if isinstance(instruments, list | tuple):
             return len(instruments)
-        source = self._source()
-        calendar = None if handler is None else handler.find_calendar()
+        calendar = handler.find_calendar()
         if source is None or calendar is None or not source.knows_names:
             return None
         rows = date_rows(calendar, *self.dataset.segments.get("test", (None, None)))

@@ -72,6 +72,24 @@ def check(monkeypatch):
             "no module named 'no_such_module'",
         ),
         ("task.reweighter={_target_: no_such_module.Weights}", "no module named 'no_such_module'"),
+        ("logger=true", "logger=true: the value of a config group is the name of one of its"),
+        (
+            "model.scheduler={scheduler: {_target_: torch.optim.lr_scheduler.StepLR, step_size: 1},"
+            " frequency: 0}",
+            "frequency of the scheduler is 0; expected a whole number of at least 1",
+        ),
+        ("+trainer.benchmark=yes", "Lightning rejects these trainer arguments: "),
+        ("+trainer.check_val_every_n_epoch=0", "check_val_every_n_epoch is 0; expected a whole"),
+        ("+callbacks.early_stop.min_delta=abc", "early_stop.min_delta is 'abc'; expected a number"),
+        (
+            "callbacks.lightning=[{_target_: pytorch_lightning.callbacks.EarlyStopping}]",
+            "EarlyStopping cannot be built: EarlyStopping.__init__() missing 1 required",
+        ),
+        (
+            "callbacks.lightning=[{_target_: pytorch_lightning.callbacks.LearningRateMonitor, "
+            "logging_interval: steps}]",
+            "LearningRateMonitor cannot be built: logging_interval should be `step` or `epoch`",
+        ),
         ("trainer.precision=17", "Lightning rejects these trainer arguments: "),
         ("+trainer.max_time=tomorrow", "Lightning rejects these trainer arguments: "),
         ("+trainer.profiler=simpel", "Lightning rejects these trainer arguments: "),

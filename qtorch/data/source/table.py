@@ -104,6 +104,8 @@ class TableSource(PanelSource):
     ) -> None:
         if layout not in LAYOUTS:
             raise ConfigError(unknown_name_message("layout", layout, LAYOUTS))
+        if not isinstance(path, str | Path):
+            raise ConfigError(f"path of TableSource is {path!r}; expected a file or a folder.")
         self.path = str(path)
         self.layout = layout
         self.columns = dict(columns or {})

@@ -92,7 +92,8 @@ REJECTED_FOR_SCORE_MODULES: dict[type, str] = {
 # Arguments that are a number of batches, as an integer, or a part of all batches.
 BATCH_COUNTS = ("limit_train_batches", "limit_val_batches", "overfit_batches", "val_check_interval")
 FAST_RUN = "fast_dev_run"
-LIGHTNING_ERRORS = (MisconfigurationException, ValueError, TypeError)  # for wrong arguments
+# for wrong arguments; torch raises RuntimeError for a `benchmark` that is no bool
+LIGHTNING_ERRORS = (MisconfigurationException, ValueError, TypeError, RuntimeError)
 
 NUMBER_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps"), (int,)),
@@ -214,7 +215,7 @@ def trainer_options(user_arguments: Mapping[str, Any] | None, callbacks: Any) ->
     _check_batch_counts(user_arguments)
     clip = arguments.pop("gradient_clip_val", None)
     callback_specs = component_list(arguments.pop("callbacks", None)) + component_list(callbacks)
-    all_callbacks = [init_instance_by_config(c, accept_types=Callback) for c in callback_specs]
+    all_callbacks = [_build_callback(spec) for spec in callback_specs]
     reject_callbacks(all_callbacks, REJECTED_CALLBACKS)
     overfit_batches = arguments.pop("overfit_batches", None) or 0
     limits = _batch_limits(arguments, overfit_batches)
@@ -229,6 +230,14 @@ def trainer_options(user_arguments: Mapping[str, Any] | None, callbacks: Any) ->
         overfits_batches=overfit_batches > 0,
         callbacks=all_callbacks,
     )
+
+
+def _build_callback(spec: Any) -> Any:
+    try:
+        return init_instance_by_config(spec, accept_types=Callback)
+    except (MisconfigurationException, TypeError) as error:
+        name = spec.get("_target_", spec.get("class")) if isinstance(spec, Mapping) else spec
+        raise ConfigError(f"the callback {name} cannot be built: {error}") from error
 
 
 def _batch_limits(
@@ -330,6 +339,9 @@ def _check_batch_counts(arguments: Mapping[str, Any]) -> None:
                 f"trainer.{name} is {value!r}; expected a number of batches of at least {minimum} "
                 "(an integer), or a part of them from 0.0 to 1.0."
             )
+    interval = arguments.get("check_val_every_n_epoch")
+    if interval is not None:
+        check_count("trainer.check_val_every_n_epoch", interval)
     accumulate, fast_dev_run = arguments.get("accumulate_grad_batches"), arguments.get(FAST_RUN)
     if accumulate is not None:
         check_count("trainer.accumulate_grad_batches", accumulate)
@@ -515,6 +527,9 @@ def build_early_stopping(spec: Any, monitor: str) -> tuple[EarlyStopping | None,
     name, mode = resolve_monitor(options.pop("monitor", monitor), options.pop("mode", None))
     patience = options.pop("patience", 10)
     check_count("early_stop.patience", patience, minimum=0)
+    min_delta = options.get("min_delta", 0.0)
+    if isinstance(min_delta, bool) or not isinstance(min_delta, int | float):
+        raise ConfigError(f"early_stop.min_delta is {min_delta!r}; expected a number.")
     callback = ScoreEarlyStopping(name, mode=mode, patience=patience, **options)
     return callback, name, mode
 

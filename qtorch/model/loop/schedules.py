@@ -106,6 +106,11 @@ def scheduler_plan(spec: Spec | SchedulerPlan | None) -> SchedulerPlan | None:
         options["interval"] = "step" if _counts_steps(factory) else "epoch"
     plan = SchedulerPlan(factory, **options)
     check_name("interval of the scheduler", plan.interval, ("epoch", "step"))
+    if not isinstance(plan.frequency, int) or plan.frequency < 1:
+        raise ConfigError(
+            f"frequency of the scheduler is {plan.frequency!r}; expected a whole number of at "
+            "least 1."
+        )
     check_name("metric for the scheduler", plan.metric, (*MONITOR_NAMES, *METRICS))
     if _product(factory) is ReduceLROnPlateau and "mode" not in _keyword_arguments(factory):
         plan = replace(plan, factory=partial(factory, mode=get_mode(plan.metric)))

@@ -262,3 +262,8 @@ def test_real_table_and_real_qlib_folder_agree(market_data):
     assert torch.equal(table.mask, qlib.mask)
     assert torch.equal(table.spans, qlib.spans)
     torch.testing.assert_close(table.values, qlib.values, rtol=0, atol=0, equal_nan=True)
+
+
+def test_path_that_is_no_path_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"path of TableSource is \[\]; expected a file"):
+        TableSource([])
