@@ -20,7 +20,7 @@ def run_gru_layer(
     """
     arguments = (x, state, *input_weights, *weights)
     states, _, _ = _StackedGRU.apply(*(a[None] for a in arguments))  # type: ignore[no-untyped-call]  # torch has no types here
-    return states[0]  # type: ignore[no-any-return]  # as above
+    return states[0]
 
 
 class _StackedGRU(torch.autograd.Function):
