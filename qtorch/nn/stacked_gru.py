@@ -20,7 +20,7 @@ def run_gru_layer(
     """
     arguments = (x, state, *input_weights, *weights)
     states, _, _ = _StackedGRU.apply(*(a[None] for a in arguments))  # type: ignore[no-untyped-call]  # torch has no types here
-    return states[0]  # type: ignore[no-any-return]  # as above
+    return states[0]
 
 
 class _StackedGRU(torch.autograd.Function):
@@ -47,7 +47,8 @@ class _StackedGRU(torch.autograd.Function):
         bias, weight = b_state[:, None], w_state.transpose(1, 2)
         for t in range(num_steps):
             recurrent = torch.baddbmm(bias, states[:, t], weight)
-            both, candidate = gates[:, t].split((2 * size, size), -1)  # reset and update gate
+            both = gates[:, t, :, : 2 * size]  # reset and update gate
+            candidate = gates[:, t, :, 2 * size :]
             both.add_(recurrent[..., : 2 * size]).sigmoid_()
             reset, update = both.chunk(2, -1)
             candidates[:, t] = recurrent[..., 2 * size :]

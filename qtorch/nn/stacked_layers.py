@@ -22,9 +22,9 @@ ACTIVATIONS = (nn.LeakyReLU, nn.SiLU, nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.
 class StackedLayers:
     """The layers of a flat network that is nothing but a chain of them, for K members at once.
 
-    `vmap` runs any network for several members, but its own work on each operation takes longer
-    than the arithmetic of a small network. Here a linear layer is one `baddbmm` for all members, a
-    batch norm one of `K * C` channels, and autograd sees these operations alone.
+    `vmap` runs any network for several members, with work of its own on each operation and with
+    gradients and batch norms in layouts that have to be copied. Here a linear layer is one
+    `baddbmm` for all members, and autograd sees a few operations alone.
     """
 
     def __init__(self, network: Network, chain: nn.Sequential) -> None:

@@ -143,7 +143,7 @@ class FeatureTransformer(nn.Module):
 
     def forward(self, x: Tensor, shared: list[LinearWeights]) -> Tensor:
         """Map `x [B, in_size]` to `[B, width]`; `shared` are the linear layers of all steps."""
-        linear = [*shared, *((glu.fc.weight, glu.fc.bias) for glu in self.independ)]
+        linear = [*shared, *(_get_weights(glu.fc) for glu in self.independ)]
         for k, glu in enumerate((*self.shared, *self.independ)):
             hidden = glu(F.linear(x, *linear[k]))
             x = hidden if k == 0 else (x + hidden) * 0.5**0.5
@@ -278,10 +278,15 @@ def make_shared_layers(in_size: int, width: int, count: int) -> nn.ModuleList:
 def split_layer_uses(layers: nn.ModuleList, count: int) -> list[list[LinearWeights]]:
     """Return the weights of linear layers for each of `count` uses; see `split_uses`."""
     uses = [
-        list(zip(*(split_uses(w, count) for w in (layer.weight, layer.bias)), strict=True))
+        list(zip(*(split_uses(w, count) for w in _get_weights(layer)), strict=True))
         for layer in layers
     ]
     return [[layer_uses[k] for layer_uses in uses] for k in range(count)]
+
+
+def _get_weights(layer: object) -> LinearWeights:
+    assert isinstance(layer, nn.Linear)
+    return layer.weight, layer.bias
 
 
 def sparsemax(scores: Tensor, shares: Tensor | None = None) -> Tensor:

@@ -34,9 +34,7 @@ def call_for_one(
     return tree_map(lambda t: t[None], function(*values))
 
 
-def call_as_two(
-    function: Callable[..., tuple[Tensor, ...]], arguments: Sequence[Any], dims: Sequence[Any]
-) -> Any:
+def call_as_two(function: Callable[..., Any], arguments: Sequence[Any], dims: Sequence[Any]) -> Any:
     """Call a function of several members for one, as two copies; its buffers are updated too."""
 
     def double(argument: Any, dim: int | None) -> Any:

@@ -198,11 +198,16 @@ class StackedAdam(StackedOptimizer):
         tensors = [weights, gradients, *(moments[n] for n in names if n in moments), moments[STEPS]]
         rows = [tensor.unbind() for tensor in tensors]
         for (lr, weight_decay, eps, beta1, beta2), places in members.items():
-            *parts, steps = ([each[k] for k in places] for each in rows)
+            params, grads, means, squares, *largest, steps = (
+                [each[k] for k in places] for each in rows
+            )
             adam(
-                *parts,
-                *([] if self.amsgrad else [[]]),
-                steps,
+                params=params,
+                grads=grads,
+                exp_avgs=means,
+                exp_avg_sqs=squares,
+                max_exp_avg_sqs=largest[0] if largest else [],
+                state_steps=steps,
                 fused=True,
                 decoupled_weight_decay=self.is_decoupled,
                 amsgrad=self.amsgrad,
