@@ -159,7 +159,7 @@ class Positions(Mapping[pd.Timestamp, Position]):
         config = {
             "format": FORMAT,
             "instruments": [str(name) for name in index.levels[1]],
-            "names": list(index.names),
+            "names": [str(name) for name in index.names],
             "unit": bars.unit,
         }
         tensors = {
@@ -185,11 +185,15 @@ class Positions(Mapping[pd.Timestamp, Position]):
             pd.DatetimeIndex(values[name].view("datetime64[ns]")).as_unit(config["unit"])
             for name in ("datetime", "bars")
         )
-        instruments = pd.Index(config["instruments"]).take(values["instrument"])
-        index = pd.MultiIndex.from_arrays([stamps, instruments], names=config["names"])
+        # Plain text: pandas refuses a subclass of str as the name of a level of dates.
+        instruments = pd.Index([str(name) for name in config["instruments"]])
+        names = [str(name) for name in config["names"]]
+        index = pd.MultiIndex.from_arrays(
+            [stamps, instruments.take(values["instrument"])], names=names
+        )
         frame = pd.DataFrame({name: values[name] for name in COLUMNS}, index=index)
         money = {name: values[f"bar.{name}"] for name in MONEY}
-        return cls(frame, pd.DataFrame(money, index=bars.rename(config["names"][0])))
+        return cls(frame, pd.DataFrame(money, index=bars.rename(names[0])))
 
 
 def _stamps_tensor(stamps: pd.Index) -> torch.Tensor:
