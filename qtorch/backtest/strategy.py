@@ -541,7 +541,7 @@ def _read_position(context: StepContext, member: int) -> Position:
     account = context.account
     value = float(account.value()[member])
     holdings = {
-        str(context.instruments[k]): {
+        str(context.instruments[int(k)]): {
             "amount": float(account.amount[member, k]),
             "price": float(account.price[member, k]),
             "count_day": int(account.count[member, k]),

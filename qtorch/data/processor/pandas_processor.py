@@ -47,7 +47,7 @@ class FrameProcessor(Configured, Serializable, ABC):
         """Whether `processor(df)` leaves its frame unchanged."""
         return False
 
-    def config(self, **kwargs: Any) -> None:
+    def config(self, **kwargs: Any) -> None:  # type: ignore[override]  # by name only, as in Qlib
         """Set the fit window (`fit_start_time`, `fit_end_time`), and how the object is pickled."""
         for name in ("fit_start_time", "fit_end_time"):
             if name in kwargs:
@@ -57,7 +57,7 @@ class FrameProcessor(Configured, Serializable, ABC):
         super().config(**kwargs)
 
 
-FrameProcessor.register(Processor)
+FrameProcessor.register(Processor)  # type: ignore[type-abstract]  # any class can be registered
 
 
 class PandasProcessor(Processor):

@@ -371,10 +371,10 @@ class FleetTraining:
         x = x.expand(num_members, *x.shape) if is_shared else x
         arguments = state, x.flatten(1, -2), keys
         if num_members > 1 or x.device.type != "cpu":
-            scores = self.layers(*arguments)
+            scores: Tensor = self.layers(*arguments)
         else:
             scores = call_as_two(self.layers, arguments, (0, 0, None if keys is None else 0))
-        return scores.unflatten(1, shape)
+        return scores.unflatten(1, shape)  # type: ignore[no-any-return,no-untyped-call]  # untyped in torch
 
     # -- validation ----------------------------------------------------------------------------
 
