@@ -54,7 +54,7 @@ class CopyStream:
     def _take_memory(self) -> list[Tensor]:
         """Return pinned memory whose copies are done, or nothing."""
         for place, (is_done, memory) in enumerate(self._used_memory):
-            if is_done.query():
+            if is_done.query():  # type: ignore[no-untyped-call]  # untyped in torch
                 del self._used_memory[place]
                 return memory
         return []
