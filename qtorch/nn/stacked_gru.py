@@ -47,10 +47,10 @@ class _StackedGRU(torch.autograd.Function):
         bias, weight = b_state[:, None], w_state.transpose(1, 2)
         for t in range(num_steps):
             recurrent = torch.baddbmm(bias, states[:, t], weight)
-            both = gates[:, t, :, : 2 * size]  # reset and update gate
+            switches = gates[:, t, :, : 2 * size]  # reset and update gate
             candidate = gates[:, t, :, 2 * size :]
-            both.add_(recurrent[..., : 2 * size]).sigmoid_()
-            reset, update = both.chunk(2, -1)
+            switches.add_(recurrent[..., : 2 * size]).sigmoid_()
+            reset, update = switches.chunk(2, -1)
             candidates[:, t] = recurrent[..., 2 * size :]
             candidate.addcmul_(reset, recurrent[..., 2 * size :]).tanh_()
             torch.lerp(candidate, states[:, t], update, out=states[:, t + 1])
@@ -77,8 +77,8 @@ class _StackedGRU(torch.autograd.Function):
             of_candidate.mul_(1.0 - candidate * candidate)
             torch.mul(of_candidate, candidates[:, t], out=of_reset)
             torch.mul(gradient, states[:, t] - candidate, out=of_update)
-            both = gates[:, t, :, : 2 * size]
-            of_inputs[:, t, :, : 2 * size].mul_(both * (1.0 - both))
+            switches = gates[:, t, :, : 2 * size]
+            of_inputs[:, t, :, : 2 * size].mul_(switches * (1.0 - switches))
             of_recurrent[:, t, :, : 2 * size] = of_inputs[:, t, :, : 2 * size]
             torch.mul(of_candidate, reset, out=of_recurrent[:, t, :, 2 * size :])
             gradient = torch.addcmul(of_states[:, t], gradient, update)

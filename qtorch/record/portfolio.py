@@ -25,6 +25,7 @@ from qtorch.core.instantiate import (
 )
 from qtorch.core.session import get_region, session
 from qtorch.data.handler.handler import DataHandler
+from qtorch.data.handler.loader import split_universe
 from qtorch.data.source.base import Source
 from qtorch.data.source.frame import build_source, default_source
 from qtorch.metrics.portfolio import indicator_analysis
@@ -216,7 +217,7 @@ class PortAnaRecord(Record):
         handler, source = self._handler(), self._source()
         if handler is None:
             return None
-        instruments = handler.instruments
+        instruments, _ = split_universe(handler.instruments)  # filters leave fewer
         if isinstance(instruments, list | tuple):
             return len(instruments)
         calendar = handler.find_calendar()

@@ -35,10 +35,10 @@ class JoiningStrategy(Strategy):
     def decide(self, context):
         if context.step:
             return Orders.empty()
-        one = np.zeros(1, dtype=np.intp)
+        first = np.zeros(1, dtype=np.intp)  # both the member and the instrument
         buying = np.ones(1, dtype=bool)
-        return Orders(one, one, np.array([10.0]), buying).append(
-            Orders(one, one + 1, np.array([20.0]), buying)
+        return Orders(first, first, np.array([10.0]), buying).append(
+            Orders(first, first + 1, np.array([20.0]), buying)
         )
 
 

@@ -33,7 +33,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def market(tmp_path_factory) -> Path:
-    return write_market(tmp_path_factory.mktemp("market"), num_instruments=4)
+    return write_market(tmp_path_factory.mktemp("market"), num_instruments=12)
 
 
 def translate(workflow: dict[str, Any], notes: Notes) -> dict[str, Any]:

@@ -228,7 +228,7 @@ class QlibDataLoader(DataLoader):
             return
         source = self.field_source(source, self._fields)
         source.check_expressions(expressions, self.freq)
-        source.check_instruments(_split_universe("all" if instruments is None else instruments)[0])
+        source.check_instruments(split_universe("all" if instruments is None else instruments)[0])
 
     def change_data(self, change: DataChange) -> DataLoader:
         loader = copy.copy(self)
@@ -262,7 +262,7 @@ class QlibDataLoader(DataLoader):
     ) -> View:
         fields = select_fields(self._fields, columns)
         source = self.field_source(source, fields)
-        universe, filter_config = _split_universe(instruments)
+        universe, filter_config = split_universe(instruments)
         filters = [*self._filters, *build_filters(filter_config)]
 
         def compute() -> View:
@@ -811,7 +811,7 @@ def _single_frequency(freq: str | Mapping[str, str] | None) -> str | None:
     )
 
 
-def _split_universe(instruments: Any) -> tuple[Any, Any]:
+def split_universe(instruments: Any) -> tuple[Any, Any]:
     """Return the universe and the filter pipe that came with it (Qlib's `D.instruments` dict)."""
     if instruments is None:
         log.info("no instruments given, loading all instruments of the source")

@@ -71,7 +71,7 @@ class DataProvider:
         as_list: bool = False,
     ) -> Any:
         """Return `{instrument: spans of dates}`, within two dates; with `as_list` the names."""
-        market, filter_pipe = _split_universe(instruments)
+        market, filter_pipe = split_universe(instruments)
         calendar = self.source.calendar(freq=freq)
         start = calendar[0] if start_time is None else as_stamp(start_time)
         end = last_instant(calendar[-1] if end_time is None else end_time)
@@ -104,7 +104,7 @@ class DataProvider:
 
         `disk_cache` has no effect: a handler has a cache of its own.
         """
-        market, filter_pipe = _split_universe(instruments)
+        market, filter_pipe = split_universe(instruments)
         if not filter_pipe and not inst_processors:
             return self.source.features(market, list(fields), start_time, end_time, freq)
         loader = QlibDataLoader(
@@ -140,7 +140,7 @@ class DataProvider:
         return members
 
 
-def _split_universe(instruments: Any) -> tuple[Any, Sequence[Any]]:
+def split_universe(instruments: Any) -> tuple[Any, Sequence[Any]]:
     if isinstance(instruments, Mapping) and "market" in instruments:
         return instruments["market"], list(instruments.get("filter_pipe") or ())
     return instruments, ()

@@ -128,6 +128,7 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_equal_those_of_torch(name: str) -> None:
     dataset = ToyDataset()
@@ -172,6 +173,7 @@ def test_every_member_may_have_its_own_settings() -> None:
     assert [m.fit_report_["fleet_members"] for m in fleet[:2]] == [len(SETTINGS) - 2] * 2
 
 
+@pytest.mark.slow
 def test_members_may_have_their_own_limit_of_gradient_values() -> None:
     dataset = ToyDataset()
 
@@ -197,6 +199,7 @@ LOSSES: dict[str, list[Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("network_name", ["MLP", "GRU"])
 def test_members_may_have_their_own_numbers_of_a_loss(name: str, network_name: str) -> None:
@@ -247,6 +250,7 @@ def make_dataset(mean: float, scale: float) -> ToyDataset:
     return dataset
 
 
+@pytest.mark.slow
 def test_members_may_have_their_own_statistics_of_normalization() -> None:
     datasets = [make_dataset(0.0, 1.0), make_dataset(0.5, 2.0)]
     fleet, single = members("GRU")[:2], members("GRU")[:2]
@@ -258,6 +262,7 @@ def test_members_may_have_their_own_statistics_of_normalization() -> None:
     assert largest_difference(*fleet) > 1e-4
 
 
+@pytest.mark.slow
 def test_members_may_have_their_own_day_labels() -> None:
     dataset = ToyDataset()
     batch = {"order": "day", "days_per_batch": 2}
