@@ -51,7 +51,7 @@ if [ -n "$qlib" ]; then
     qlib=''
 fi
 failed=0
-"$bin/python" -m pytest -n "${QTORCH_TEST_PROCESSES:-4}" --dist loadgroup --durations=15 "$@" || failed=$?
+"$bin/python" -m pytest -n "${QTORCH_TEST_PROCESSES:-5}" --dist loadgroup --durations=15 "$@" || failed=$?
 wait "$mypy" || failed=$?
 mypy=''
 cat "$output/types"
