@@ -60,6 +60,7 @@ def test_help_and_wrong_file_names(capsys):
     assert "ends in .json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [m for m in MODELS if m != "lightning"])
 def test_training_is_shortened(name):
     require_model_library(name)

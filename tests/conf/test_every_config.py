@@ -71,8 +71,11 @@ def test_fsdp_shards_over_all_devices_of_all_nodes(monkeypatch, devices, num_sha
 
 
 def is_slow(choice: str) -> bool:
-    """Tell if the fast suite does without a choice: other tests compose the models' files too."""
-    return choice.startswith("model/") and choice not in ("model/lstm", "model/linear")
+    """Tell if the fast suite does without a choice: it has a few files of the main groups."""
+    return choice not in (
+        *("data/synthetic", "data/qlib", "dataset/ts", "dataset/day", "handler/alpha158_20"),
+        *("model/lstm", "model/linear", "model/optimizer/adamw", "experiment/nyse500"),
+    )
 
 
 @pytest.mark.parametrize(

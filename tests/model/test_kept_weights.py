@@ -26,6 +26,8 @@ from qtorch.model import EpochAveraging
 from qtorch.model.loop.progress import FitProgress, find_metric
 from qtorch.model.loop.scoring import ForwardAdapter
 
+pytestmark = pytest.mark.slow  # Each trains several times.
+
 FAST = {"_target_": "torch.optim.Adam", "lr": 0.1}
 
 
@@ -101,7 +103,7 @@ def test_each_validation_is_a_point_of_the_curve(
     ],
     ids=["EMA", "epochs", "configured"],
 )
-@pytest.mark.parametrize("interval", [1.0, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("interval", [1.0, 5])
 def test_kept_weights_are_the_averaged_ones_that_were_validated(
     dataset: ToyDataset, callback, interval
 ) -> None:

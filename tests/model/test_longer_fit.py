@@ -15,6 +15,8 @@ from toy_training import ToyDataset, ToyRecorder, model_weights, resumable_model
 from qtorch.data.dataset.batch import Batch
 from qtorch.model.loop.checkpoint import BEST, EARLIER_BEST, LAST, PREVIOUS, read_checkpoint
 
+pytestmark = pytest.mark.slow  # Each trains several times.
+
 REPORTED = ("epochs", "best_epoch", "best_step", "best_value")
 # An epoch has five batches.
 ENDS = {

@@ -16,6 +16,8 @@ from qtorch.model.loop.scoring import score_series
 from qtorch.nn.lora import LoRA, use_effective_weights
 from qtorch.nn.recurrent import GRULayers
 
+pytestmark = pytest.mark.slow
+
 RANK = 2
 TABNET_METHOD = {**METHODS["TabNet"], "module": {"pretrain_epochs": 1, "lambda_sparse": 0.1}}
 LORA_METHODS = {**METHODS, "TabNet": TABNET_METHOD}

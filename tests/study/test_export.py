@@ -105,7 +105,8 @@ def test_damaged_safetensors_export_is_refused(fit_model, tmp_path):
     assert load_network(path).state_dict().keys() == tensors.keys()
 
 
-@pytest.mark.parametrize("name", ["MLP", pytest.param("GATs", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["MLP", "GATs"])
 def test_torch_program_runs_without_qtorch(fit_model, tmp_path, name):
     model, dataset = fit_model(name)
     path = tmp_path / "m.pt2"

@@ -18,6 +18,8 @@ from qtorch.task import TaskManager, run_task
 from qtorch.task.definition import encode_definition, encode_result
 from qtorch.task.worker import SlotStatus
 
+pytestmark = pytest.mark.slow
+
 GOOD = '{"number": 1}'
 NO_JSON = {
     "deep list": "[" * 100_000,
@@ -233,7 +235,6 @@ rows = st.dictionaries(
 )
 
 
-@pytest.mark.slow
 @settings(
     max_examples=25,
     deadline=None,

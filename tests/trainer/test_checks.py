@@ -13,6 +13,8 @@ from qtorch.record.base import Record
 from qtorch.trainer import task_train
 from qtorch.trainer.checks import check_task
 
+pytestmark = pytest.mark.slow  # The full CI alone composes a configuration for each of them.
+
 SIGNAL, ANALYSIS = (
     "{_target_: qtorch.record.SignalRecord}",
     "{_target_: qtorch.record.SigAnaRecord}",

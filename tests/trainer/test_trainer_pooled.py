@@ -28,6 +28,8 @@ from qtorch.trainer import (
 from qtorch.trainer.failure import error_summary, record_failure
 from qtorch.trainer.pooled import pool_definition
 
+pytestmark = pytest.mark.slow  # Each waits for workers of a pool.
+
 
 @pytest.fixture(autouse=True)
 def url(tmp_path) -> str:
@@ -41,7 +43,6 @@ def trainer_tags(recorder) -> dict[str, str]:
     return {k: v for k, v in recorder.list_tags().items() if k in ("train_status", TrainerRM.TM_ID)}
 
 
-@pytest.mark.slow
 def test_all_trainers_give_bit_identical_predictions(make_task):
     tasks = [make_task(seed=s, value=v) for s, v in ((1, 0.5), (2, 1.5), (3, 2.5))]
     trainer_classes = [TrainerR, DelayTrainerR, TrainerRM, DelayTrainerRM]
@@ -156,7 +157,6 @@ def test_delayed_trainer_leaves_part_done_tasks(make_task, tmp_path):
     assert [r.id for r in trainer(tasks)] == [r.id for r in prepared_runs]
 
 
-@pytest.mark.slow
 def test_delayed_failure_is_returned_as_a_failed_run(make_task):
     trainer = DelayTrainerRM("exp")
     recorders = trainer([make_task(record=[], fail="error"), make_task(record=[]), {"model": {}}])
@@ -322,7 +322,6 @@ def test_task_whose_workers_all_die_gets_a_failed_run(make_task, tmp_path):
     assert Path(recorder.download_artifact("error.txt")).exists()
 
 
-@pytest.mark.slow
 def test_force_release_runs_each_task_in_a_separate_process(make_task, tmp_path):
     log = tmp_path / "log"
     fails = [None, "kill"]

@@ -78,7 +78,7 @@ def assert_equal_fits(fleet: list[LightningModel], single: list[LightningModel])
                 assert member.evals_result_[segment][key] == pytest.approx(values, abs=1e-4), key
 
 
-QUICK_NETWORKS = ("GRU", "MLP")
+QUICK_NETWORKS = ("MLP",)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from toy_training import ToyDataset, make_model
 from qtorch.model import fit_fleet
 from qtorch.model.fleet.training import FleetTraining
 
+pytestmark = pytest.mark.slow
+
 # Operations whose result the host reads, or whose shape depends on values.
 HOST_READS = {
     "aten::_local_scalar_dense",
