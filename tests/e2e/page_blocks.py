@@ -104,7 +104,8 @@ class PageRunner:
 
     def __init__(self, folder: Path, start: Callable[..., ForkedCommand]) -> None:
         self.folder, self._start_command = folder, start
-        self._environment: dict[str, str] = {}
+        # A server of MLflow would start eight processes for the evaluation of language models.
+        self._environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self._background: list[tuple[str, Any]] = []
         self._python: PythonSession | None = None
         with socket.socket() as free:
