@@ -51,7 +51,9 @@ if [ -n "$qlib" ]; then
     qlib=''
 fi
 failed=0
-"$bin/python" -m pytest -n "${QTORCH_TEST_PROCESSES:-5}" --dist loadgroup --durations=15 "$@" || failed=$?
+processes=3 # each reads all tests first
+[ $# != 0 ] || processes=5 # many of all tests wait for other processes
+"$bin/python" -m pytest -n "${QTORCH_TEST_PROCESSES:-$processes}" --dist loadgroup --durations=15 "$@" || failed=$?
 wait "$mypy" || failed=$?
 mypy=''
 cat "$output/types"
