@@ -328,8 +328,8 @@ def test_submitit_runs_each_unfinished_job_in_its_own_process(
 
     result = train(*command, f"{networks},no.Net")
     assert result.code == 1
-    assert len(list(folder.rglob("*_submitted.pkl"))) == num_submitted + 2
-    assert len(matching_rows(result, "(skipped)")) == 2
+    assert len(matching_rows(result, "(skipped)")) == 2, result
+    assert len(list(folder.rglob("*_submitted.pkl"))) == num_submitted + 2, result
     assert "error: job 2: " in result.err
     assert "sweep.retry=true" in result.err
     assert len(jobs()) == 3
