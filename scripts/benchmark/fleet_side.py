@@ -20,6 +20,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from qtorch.data.handler.alpha import SELECTED_20
+
 WINDOW_WORKS = ("rolling",)
 NETWORKS: dict[str, dict[str, Any]] = {
     "small_mlp": {"_target_": "qtorch.nn.MLP", "layers": [64], "dropout": 0.0},
@@ -35,7 +37,7 @@ EPOCHS = {"small_mlp": 10, "dlinear": 4, "stockmixer": 2, "rolling": 4}
 
 
 def make_task(work: str, seed: int) -> dict[str, Any]:
-    """Return the task of a seed, on 20 features of a synthetic market of 50 stocks and 3 years."""
+    """Return the task of a seed, on the 20 features of Qlib's benchmarks, 50 stocks and 3 years."""
     is_day = work == "stockmixer"
     batch = {"size": BATCH_SIZES.get(work, 800), "order": "day" if is_day else "random"}
     return {
@@ -53,7 +55,11 @@ def make_task(work: str, seed: int) -> dict[str, Any]:
                 "source": {"_target_": "qtorch.data.SyntheticSource", "num_instruments": 50},
                 "start_time": "2016-01-01",
                 "end_time": "2018-12-31",
-                "infer_processors": ["RobustZScoreNorm", "Fillna"],
+                "infer_processors": [
+                    {"class": "FilterCol", "kwargs": {"col_list": list(SELECTED_20)}},
+                    "RobustZScoreNorm",
+                    "Fillna",
+                ],
                 "learn_processors": ["DropnaLabel"],
             },
             "segments": {
