@@ -24,7 +24,7 @@ def run_gru_layer(
     """
     arguments = (x, state, *input_weights, *weights)
     states, *_ = _StackedGRU.apply(*(a[None] for a in arguments))  # type: ignore[no-untyped-call]  # torch has no types here
-    return states[0].permute(1, 2, 0)  # type: ignore[no-any-return]  # torch has no types here
+    return states[0].permute(1, 2, 0)
 
 
 class _StackedGRU(torch.autograd.Function):
@@ -65,9 +65,9 @@ class _StackedGRU(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
         _, _, w_input, _, w_state, _ = inputs
-        states, *others = output
-        ctx.mark_non_differentiable(*others)
-        ctx.save_for_backward(w_input, w_state, states, *others)
+        states, *saved_tensors = output
+        ctx.mark_non_differentiable(*saved_tensors)
+        ctx.save_for_backward(w_input, w_state, states, *saved_tensors)
 
     @staticmethod
     def backward(ctx: Any, of_states: Tensor, *_: Any) -> Gradients:
