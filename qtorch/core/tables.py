@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import numpy as np
 import pandas as pd
 
-from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.errors import ConfigError, DataError, join_names, unknown_name_message
 
 NameColumn: TypeAlias = str | int | Collection[str]
 """A column's name, its position, or alternative names, of which the first in the file is meant."""
@@ -86,7 +86,8 @@ def read_csv(
 
     A header of two lines, as pandas writes grouped columns, is recognised. Columns by field and
     instrument, such as those of yfinance, become one row per date and instrument; others, such as
-    ("feature", "ROC5"), stay grouped, with an index. Raises DataError for a file that is not UTF-8.
+    ("feature", "ROC5"), stay grouped, with an index. Raises DataError for a file that is not UTF-8,
+    and for a header of one line with the same name twice.
     """
     lines, options = _inspect_csv(path)
     options |= {"decimal": decimal, "low_memory": False, "skipinitialspace": True}
@@ -94,6 +95,7 @@ def read_csv(
         header = _find_grouped_header(lines, options["sep"])
         if header is not None:
             return _read_grouped_csv(path, header, options)
+        _refuse_repeated_names(path, lines, options["sep"])
         table: pd.DataFrame
         columns = list(pd.read_csv(path, nrows=0, **options).columns)
         names = _present_names(columns, name_columns)
@@ -125,6 +127,17 @@ def _inspect_csv(path: str | Path) -> tuple[list[str], dict[str, Any]]:
     if separator_line:
         return lines[1:], {**options, "sep": separator_line.group(1), "skiprows": 1}
     return lines, {**options, "sep": _find_separator(lines[0] if lines else "")}
+
+
+def _refuse_repeated_names(path: str | Path, lines: Sequence[str], separator: str) -> None:
+    """Raise DataError for a repeated column name; pandas would call the second one `name.1`."""
+    names = [cell.strip() for cell in next(csv.reader(lines[:1], delimiter=separator), [])]
+    repeated = {name for name in names if name and names.count(name) > 1}
+    if repeated:
+        raise DataError(
+            f"{path}: several columns have the name {join_names(sorted(repeated))!r}; rename or "
+            "remove all but one."
+        )
 
 
 def _find_separator(line: str) -> str:
@@ -312,7 +325,7 @@ def read_table(
     except DataError:
         raise
     except (ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read as a table: {error}") from error
+        raise DataError(f"{path} cannot be read as a table: {str(error).strip()}") from error
     return table if keeps_index else index_to_columns(table)
 
 

@@ -40,18 +40,18 @@ from qtorch.data.panel.panel import NAMES, Panel, duplicate_names, non_numeric_c
 from qtorch.data.panel.spans import read_spans
 from qtorch.data.source.base import Membership
 from qtorch.data.source.frame import (
+    PRICES,
     Memberships,
     PanelSource,
     Universes,
     span_membership,
-    warn_mixed_prices,
+    warn_of_prices,
 )
 
 logger = logging.getLogger(__name__)
 
 AUTO, LONG, PER_INSTRUMENT, WIDE = LAYOUTS = ("auto", "long", "per_instrument", "wide")
 DATETIME, INSTRUMENT = NAMES
-PRICES = ("open", "high", "low", "close", "vwap")
 
 
 class TableSource(PanelSource):
@@ -84,9 +84,9 @@ class TableSource(PanelSource):
     always exists and has each instrument from its first to its last row. Members of a file that
     have no bars are left out with a warning; a universe is only built when it is asked for.
 
-    Within a file the rows of an instrument must ascend by date. Raises DataError for duplicate
-    or descending rows, dates with a time zone, columns that are not numeric, and names in the
-    mapping that the file does not have (with the nearest name).
+    The rows may be in any order, such as the newest first. Raises DataError for duplicate rows,
+    dates with a time zone, columns that are not numeric, columns of the same name, and
+    names in the mapping that the file does not have (with the nearest name).
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class TableSource(PanelSource):
                 raise DataError(f"{self._root}: {error}") from error
             logger.info("read %s from %s", self._panel, self._root)
             if not self._is_mixture:
-                warn_mixed_prices(self._panel, str(self._root))
+                warn_of_prices(self._panel, str(self._root))
         return self._panel
 
     def memberships(self) -> Mapping[str, Membership]:
@@ -285,8 +285,9 @@ class TableSource(PanelSource):
         dates = self._parse_dates(table[date_column], file, context)
         wide = convert_decimals(table.drop(columns=date_column))
         _require_numeric(wide, file)
-        if not (dates.is_monotonic_increasing and dates.is_unique):
-            raise DataError(f"{file}: the dates must be ascending and unique.")
+        if not dates.is_unique:
+            date = dates[dates.duplicated()][0]
+            raise DataError(f"{file}: the date {date:%Y-%m-%d} has several rows; keep one of them.")
         names = pd.Index([str(c) for c in wide.columns])
         if duplicates := duplicate_names(names):
             raise DataError(f"{file}: some instruments have more than one column: {duplicates}.")
@@ -489,14 +490,18 @@ def _select_common_fields(frames: list[pd.DataFrame]) -> list[pd.DataFrame]:
 
 
 def _concat_frames(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    """Concatenate the frames of the files in the order of their first dates.
-
-    The rows of an instrument must ascend, and the file names need not follow the dates.
-    """
+    """Concatenate the frames of the files, so that the rows of each instrument ascend by date."""
     non_empty = sorted((f for f in frames if len(f)), key=lambda frame: frame.index[0][0])
     if not non_empty:
         raise DataError("the table has no rows.")
-    return pd.concat(non_empty) if len(non_empty) > 1 else non_empty[0]
+    bars = pd.concat(non_empty) if len(non_empty) > 1 else non_empty[0]
+    dates, instruments = (bars.index.get_level_values(level) for level in (0, 1))
+    if dates.is_monotonic_increasing:
+        return bars
+    codes = pd.factorize(instruments)[0]
+    order = np.argsort(codes, kind="stable")
+    steps = np.diff(dates.asi8[order])[np.diff(codes[order]) == 0]
+    return bars.iloc[np.argsort(dates.asi8, kind="stable")] if (steps < 0).any() else bars
 
 
 def _require_column(column: str, table: pd.DataFrame, file: Path) -> str:
