@@ -3,7 +3,8 @@
     python kunquant_side.py bars.npz --alphas alpha101 --threads 2
 
 `bars.npz` holds open, high, low, close, volume, vwap as float32 `[D, N]`. Compilation is not timed.
---save writes the values of all columns to another file.
+--save writes the values of all columns to another file; with --ranked also the values that the
+ranks and argmaxes inside each column of Alpha101 compare, as `alpha001_ranked1` and so on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import time
 import numpy as np
 from KunQuant.Driver import KunCompilerConfig
 from KunQuant.jit import cfake
-from KunQuant.Op import Builder, Input, Output
+from KunQuant.Op import Builder, Input, OpBase, Output, Rank
+from KunQuant.ops import TsArgMax, TsArgMin, TsRank
 from KunQuant.predefined import Alpha101, Alpha158
 from KunQuant.runner import KunRunner
 from KunQuant.Stage import Function
@@ -25,6 +27,7 @@ CONFIG = {
     "price": {"windows": [0]},
     "rolling": {},
 }
+COMPARING = (Rank, TsRank, TsArgMax, TsArgMin)
 FIELDS = ("open", "close", "high", "low", "volume", "amount")
 
 
@@ -38,11 +41,30 @@ def build_alpha158() -> list[str]:
     return list(names)
 
 
-def build_alpha101() -> list[str]:
+def build_alpha101(*, ranked: bool = False) -> list[str]:
     data = Alpha101.AllData(**{k: Input(k) for k in FIELDS})
+    names = []
     for alpha in Alpha101.all_alpha:
-        Output(alpha(data), alpha.__name__)
-    return [alpha.__name__ for alpha in Alpha101.all_alpha]
+        value = alpha(data)
+        outputs = {alpha.__name__: value}
+        if ranked:
+            values = find_ranked_values(value)
+            outputs |= {f"{alpha.__name__}_ranked{k}": v for k, v in enumerate(values, start=1)}
+        for name, output in outputs.items():
+            Output(output, name)
+        names += list(outputs)
+    return names
+
+
+def find_ranked_values(root: OpBase) -> list[OpBase]:
+    """Return the computed arguments of the operators below `root` that compare values."""
+    arguments, pending = [], [root]
+    while pending:
+        operator = pending.pop()
+        pending.extend(reversed(operator.inputs))
+        if isinstance(operator, COMPARING) and not isinstance(operator.inputs[0], Input):
+            arguments.append(operator.inputs[0])
+    return list(dict.fromkeys(arguments))
 
 
 ALPHAS = {"alpha158": build_alpha158, "alpha101": build_alpha101}
@@ -53,6 +75,7 @@ def main() -> None:
     parser.add_argument("bars")
     parser.add_argument("--alphas", choices=ALPHAS, default="alpha158")
     parser.add_argument("--save")
+    parser.add_argument("--ranked", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -67,7 +90,7 @@ def main() -> None:
     inputs = {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in inputs.items()}
     builder = Builder()
     with builder:
-        names = ALPHAS[args.alphas]()
+        names = build_alpha101(ranked=True) if args.ranked else ALPHAS[args.alphas]()
     config = KunCompilerConfig(input_layout="TS", output_layout="TS")
     graph = [(args.alphas, Function(builder.ops), config)]
     library = cfake.compileit(graph, "qtorch_bench", cfake.CppCompilerConfig())
