@@ -457,7 +457,8 @@ def _check_batch_counts(arguments: Mapping[str, Any]) -> None:
         if isinstance(value, bool) or (isinstance(value, int) and value < minimum):
             is_valid = False
         else:
-            is_valid = not isinstance(value, float) or (0 <= value <= 1 and (value or may_be_none))
+            is_positive = may_be_none or not isinstance(value, float) or value > 0
+            is_valid = is_positive and (not isinstance(value, float) or 0 <= value <= 1)
         if not is_valid:
             part = "from 0.0" if may_be_none else "above 0.0"
             raise ConfigError(
