@@ -488,7 +488,7 @@ def _unknown_key_text(key: str, argv: Sequence[str], root: str) -> str:
         message = f"unknown {kind} {name!r}. Did you mean {' or '.join(places)}?"
     else:
         message = unknown_name_message(kind, name, [str(k) for k in node])
-    return f"{message} (To add a new option: +{key}=...)"
+    return f"{message} (To add a new option: +{key}=...)" if parents else message
 
 
 def find_keys(settings: Any, name: str, limit: int = 3) -> list[str]:
