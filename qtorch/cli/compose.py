@@ -7,9 +7,10 @@ the other commands compose their settings with `compose_settings`.
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from qtorch.core.errors import (
     ArgumentError,
     ConfigError,
     QtorchError,
+    check_count,
+    check_name,
     install_command,
     unknown_name_message,
 )
@@ -44,6 +47,8 @@ ROOT_CONFIG = "train"
 HYDRA_MODES = ("run", "multirun", "cfg", "info", "shell_completion")  # of which Hydra accepts one
 # The values of `runner`: this machine, the workers of a task pool, or a fleet on this machine.
 LOCAL, POOL, FLEET = "local", "rm", "fleet"
+READ_WHOLE = ("task", "hydra", "data", "dataset")  # by the command, with whatever keys they have
+MISSING_KEY = object()
 QUOTES = (
     "Values that contain ( ) , = : or $ need quotes inside the shell's quotes: "
     "'handler.label=[\"Ref($close,-2)/Ref($close,-1)-1\"]'."
@@ -80,8 +85,10 @@ def compose_settings(root: str, argv: Sequence[str]) -> dict[str, Any]:
             overrides = [f"hydra.searchpath=[file://{folder}]", *overrides]
         config = compose(root, overrides=overrides)
         discard_inherited_settings(config, overrides)
+        check_added_keys(config, overrides)
         check_missing_values(config)
         settings: dict[str, Any] = resolve_config(config)
+    check_values(settings)
     return settings
 
 
@@ -137,10 +144,135 @@ def _argument_names(config: DictConfig, node: DictConfig) -> set[str] | None:
     return set(parameters)
 
 
-def check_runner(name: Any) -> None:
-    """Raise ConfigError unless the setting `runner` is one of its values."""
-    if name not in (LOCAL, POOL, FLEET):
-        raise ConfigError(unknown_name_message("runner", str(name), (LOCAL, POOL, FLEET)))
+def check_values(settings: Mapping[str, Any] | DictConfig) -> None:
+    """Raise ConfigError for settings of a command itself, outside of the task, that mean nothing.
+
+    Those that the command does not have are not checked.
+    """
+    for key, check in VALUE_CHECKS.items():
+        value: Any = settings
+        if isinstance(settings, DictConfig):
+            value = OmegaConf.select(settings, key, throw_on_missing=False)
+        else:
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            check(key, value)
+
+
+def _check_runner(key: str, value: Any) -> None:
+    check_name(key, value, (LOCAL, POOL, FLEET))
+
+
+def _check_log_level(key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        check_name(key, value, logging.getLevelNamesMapping())
+
+
+def _check_switch(key: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key} is {value!r}; expected true or false.")
+
+
+def _check_text(key: str, value: Any) -> None:
+    if not isinstance(value, str) or not value.strip():
+        hint = f" (in quotes: '{key}=\"{value}\"')" if isinstance(value, int | float) else ""
+        raise ConfigError(f"{key} is {value!r}; expected text{hint}.")
+
+
+def _check_mapping(key: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{key} is {value!r:.60}; expected a mapping, as {key}.KEY=VALUE sets it."
+        )
+
+
+def _check_label(key: str, value: Any) -> None:
+    if not isinstance(value, str | int | float):
+        raise ConfigError(f"{key} is {value!r:.60}; expected text.")
+
+
+VALUE_CHECKS: Mapping[str, Callable[[str, Any], None]] = {
+    "runner": _check_runner,
+    "log_level": _check_log_level,
+    "experiment_name": _check_text,
+    **dict.fromkeys(("run_name", "pool", "url", "sweep.name"), _check_label),
+    **dict.fromkeys(("sweep.retry", "sweep.reuse", "sweep.stored"), _check_switch),
+    **dict.fromkeys(("wait", "wait_only", "as_qlib", "log", "allow_nonfinite"), _check_switch),
+    "fleet.max_members": check_count,
+    "task": _check_mapping,
+}
+
+
+def check_added_keys(
+    config: DictConfig, overrides: Sequence[str], further_settings: Any = None
+) -> None:
+    """Raise ConfigError for an override +KEY=VALUE of a new setting that nothing reads.
+
+    A new setting is read as part of the task, of Hydra's own settings, or through references
+    (`${KEY}`) of others; `further_settings` may refer to it, too.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    added = [o for o in parsed if o.is_add() and o.package is None]
+    if not added:
+        return
+    references = [
+        *_find_references(OmegaConf.to_container(config, resolve=False)),
+        *_find_references(further_settings),
+    ]
+    for override in added:
+        path = override.key_or_group.split(".")
+        if path[0] in READ_WHOLE or _is_option(config, override):
+            continue
+        if any(r[: len(path)] == path or path[: len(r)] == r for r in references):
+            continue
+        raise ConfigError(_unread_key_text(path, config))
+
+
+def _is_option(config: DictConfig, override: Any) -> bool:
+    """Whether an override chooses an option of a config group instead of setting a value."""
+    key, value = override.key_or_group, override.value()
+    if "/" in key or isinstance(OmegaConf.select(config, key, throw_on_missing=False), DictConfig):
+        return not isinstance(value, dict)
+    return OmegaConf.select(config, key, default=MISSING_KEY) is MISSING_KEY
+
+
+def _find_references(value: Any, location: tuple[str, ...] = ()) -> Iterator[list[str]]:
+    """Yield the full paths of all settings that `${...}` in a nested value refers to."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _find_references(part, (*location, str(key)))
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            yield from _find_references(part, (*location, str(index)))
+    elif isinstance(value, str) and "${" in value:
+        for dots, name in re.findall(r"[{:,\s](\.*)([A-Za-z_][\w.]*)", value):
+            base = list(location[: len(location) - len(dots)]) if dots else []
+            yield [*base, *name.split(".")]
+
+
+def _unread_key_text(path: Sequence[str], config: DictConfig) -> str:
+    """Describe a new setting that nothing reads, with the nearest one that exists."""
+    settings = OmegaConf.to_container(config, resolve=False)
+    while len(path) > 1 and len(_mapping_keys(settings, path[:-1])) == 1:
+        path = path[:-1]  # the override has created the mapping as well
+    *parents, name = path
+    full_name = ".".join(path)
+    places = [place for place in find_keys(config, name) if place != full_name]
+    kind = f"option of {'.'.join(parents)}" if parents else "option"
+    if places:
+        text = f"unknown {kind} {name!r}. Did you mean {' or '.join(places)}?"
+    else:
+        names = [str(key) for key in _mapping_keys(settings, parents) if key != name]
+        text = unknown_name_message(kind, name, names)
+    return f"{text} (Nothing reads {full_name}.)"
+
+
+def _mapping_keys(settings: Any, path: Sequence[str]) -> Collection[Any]:
+    """Return the keys of the mapping at a path; none if there is no mapping."""
+    for part in path:
+        settings = settings.get(part) if isinstance(settings, Mapping) else None
+    return list(settings) if isinstance(settings, Mapping) else []
 
 
 def select_fleet(argv: Sequence[str]) -> list[str]:
@@ -356,7 +488,7 @@ def _unknown_key_text(key: str, argv: Sequence[str], root: str) -> str:
         message = f"unknown {kind} {name!r}. Did you mean {' or '.join(places)}?"
     else:
         message = unknown_name_message(kind, name, [str(k) for k in node])
-    return f"{message} (To add a new option: +{key}=...)"
+    return f"{message} (To add a new option: +{key}=...)" if parents else message
 
 
 def find_keys(settings: Any, name: str, limit: int = 3) -> list[str]:

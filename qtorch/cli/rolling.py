@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qtorch.cli.compose import FLEET, LOCAL, check_runner, compose_settings
+from qtorch.cli.compose import FLEET, LOCAL, compose_settings
 from qtorch.cli.guard import configure_process, handle_stop_signals
 from qtorch.cli.tables.tasks import model_name
 from qtorch.core.errors import ConfigError, format_count
@@ -40,7 +40,6 @@ windows move through the test segment of `segments`.
 def main(argv: Sequence[str]) -> int:
     """Compose the task, run the rolling study and print the results."""
     settings = compose_settings("rolling", argv)
-    check_runner(settings["runner"])
     configure_process(settings["log_level"], (settings["tracking"] or {}).get("uri"))
     start = time.perf_counter()
     with handle_stop_signals():

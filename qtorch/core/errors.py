@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
+from numbers import Integral
 
 # The import is `qtorch`; on PyPI the name qtorch belongs to another project.
 DISTRIBUTION = "qtorch-quant"
@@ -127,6 +128,12 @@ def check_name(
     """Raise an error that suggests the nearest valid name, unless `name` is a valid one."""
     if name not in valid:
         raise error(unknown_name_message(kind, str(name), valid, limit=limit))
+
+
+def check_count(name: str, value: object, *, minimum: int = 1) -> None:
+    """Raise ConfigError unless a setting is a whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {minimum}.")
 
 
 def unknown_name_message(kind: str, name: str, valid: Iterable[str], *, limit: int = 12) -> str:

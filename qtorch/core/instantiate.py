@@ -110,7 +110,7 @@ def check_config(config: Any, default_module: str | ModuleType | None = None) ->
     target, arguments = get_callable_kwargs(config, default_module)
     _check_arguments(target, arguments)
     if str(getattr(target, "__module__", "")).startswith("qtorch."):
-        _check_types(target, arguments)
+        check_types(target, arguments)
 
 
 def _import_callable(name: Any, module: str | ModuleType | None) -> Callable[..., Any]:
@@ -177,7 +177,7 @@ def _check_arguments(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> N
         check_arguments(target, signature, kwargs)
 
 
-def _check_types(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+def check_types(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
     """Raise ArgumentError for a plain value where the annotation names other plain types.
 
     A number for a text may be a name or a date that YAML has read as a number, and has an error of

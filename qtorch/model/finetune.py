@@ -281,10 +281,22 @@ def check_initial_run(init_from: Any) -> None:
         raise ConfigError(f"init_from is {init_from!r}; {EXPECTED_FORMAT}.")
 
 
-def check_weights_file(init_from: str | None) -> None:
-    """Raise ConfigError if `init_from` names a file that this machine does not have."""
-    if init_from is not None and init_from.startswith(FILE_PREFIX):
+def check_weights_source(init_from: str | None) -> None:
+    """Raise ConfigError if `init_from` names a file or a run that this machine does not have."""
+    if init_from is None:
+        return
+    if init_from.startswith(FILE_PREFIX):
         _find_weights_file(init_from.removeprefix(FILE_PREFIX))
+    else:
+        _find_initial_run(init_from)
+
+
+def _find_initial_run(init_from: str) -> Recorder:
+    run_id = init_from.removeprefix(RUN_PREFIX).partition("/")[0]
+    try:
+        return find_run(run_id)
+    except NotInStoreError as error:
+        raise ConfigError(f"init_from={init_from!r}: {error}") from error
 
 
 def _find_weights_file(path: str) -> Path:
@@ -319,12 +331,8 @@ class InitialWeights:
         """
         if init_from.startswith(FILE_PREFIX):
             return cls(init_from, load_weights_file(init_from.removeprefix(FILE_PREFIX)))
-        run_id, _, name = init_from.removeprefix(RUN_PREFIX).partition("/")
-        name = name or DEFAULT_ARTIFACT
-        try:
-            recorder = find_run(run_id)
-        except NotInStoreError as error:
-            raise ConfigError(f"init_from={init_from!r}: {error}") from error
+        name = init_from.removeprefix(RUN_PREFIX).partition("/")[2] or DEFAULT_ARTIFACT
+        recorder = _find_initial_run(init_from)
         try:
             model = recorder.load_object(name)
         except LoadObjectError as error:

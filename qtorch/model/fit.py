@@ -71,7 +71,15 @@ def fit_network(
         numerical_settings(recipe.trainer, recipe.matmul_precision),
         Interruption() as interruption,
     ):
-        check_devices(recipe, train)
+        check_devices(
+            recipe.trainer,
+            recipe.batch,
+            recipe.module,
+            has_checkpoints=recipe.checkpoint.get("enabled", True) is not False,
+        )
+        if len(train) < recipe.trainer.num_devices:
+            size = recipe.trainer.num_devices
+            raise ConfigError(f"{len(train)} training samples are too few for {size} devices.")
         seed_everything(recipe.seed)
         network = make_network().train()  # a fitted network is in evaluation mode
         if tuning is not None:
@@ -201,7 +209,9 @@ def _find_newest_checkpoint(
             "Start from scratch (resume=None), or use finetune to train on other data."
         )
     log.warning(
-        "%s belongs to another training (model, data or seed differ): starting from scratch.", path
+        "%s belongs to another training (model, data, seed, or the length of its schedule differ): "
+        "starting from scratch.",
+        path,
     )
     return None
 

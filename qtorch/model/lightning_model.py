@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from qtorch.core.configured import plain_value
-from qtorch.core.errors import ConfigError, DataError, NotFittedError, check_name
+from qtorch.core.errors import (
+    ConfigError,
+    DataError,
+    NotFittedError,
+    check_count,
+    check_name,
+)
 from qtorch.core.names import import_path
 from qtorch.core.plain import resolve_config
 from qtorch.core.serial import State
@@ -25,13 +31,14 @@ from qtorch.data.dataset.samples import Samples, require_segment
 from qtorch.metrics.loss import BaseLoss
 from qtorch.model.base import ModelFT
 from qtorch.model.devices.numerics import check_matmul_precision, numerical_settings
+from qtorch.model.devices.ranks import check_devices
 from qtorch.model.finetune import (
     FineTuning,
     InitialWeights,
     StatisticsMode,
     apply_statistics,
     check_initial_run,
-    check_weights_file,
+    check_weights_source,
     check_weights_target,
     get_statistics,
     weights_digest,
@@ -60,7 +67,6 @@ from qtorch.model.loop.options import (
     build_early_stopping,
     check_arguments,
     check_callbacks,
-    check_count,
     check_monitor,
     check_valid_segment,
     check_validation,
@@ -68,7 +74,7 @@ from qtorch.model.loop.options import (
     trainer_device,
     trainer_options,
 )
-from qtorch.model.loop.schedules import scheduler_plan
+from qtorch.model.loop.schedules import check_schedule
 from qtorch.model.loop.scoring import evaluation_batch_size, get_readout, score_series
 from qtorch.model.loop.training import quiet_lightning
 from qtorch.model.network_config import (
@@ -274,6 +280,9 @@ class LightningModel(ModelFT):
         """Check the settings and the data of a fit, and return what it trains on."""
         self.check_settings()
         recipe = self._build_recipe(**overrides)
+        for name, number in recipe.trainer.limits.items():
+            if number == 0:
+                log.warning("trainer.%s=0 trains nothing: the weights stay as they are.", name)
         device = trainer_device(recipe.trainer)
         describe_run(run, self, dataset)
         initial = None if self.init_from is None else InitialWeights.load(self.init_from, run)
@@ -315,14 +324,16 @@ class LightningModel(ModelFT):
         self._check_counts()
         if check_device:
             trainer_device(options)
-            check_weights_file(self.init_from)
+            check_weights_source(self.init_from)
+            has_checkpoints = self._has_checkpoints(self.trainer)
+            check_devices(options, self.batch, self.module, has_checkpoints=has_checkpoints)
         with quiet_lightning(), numerical_settings(options, None):
             check_arguments(options, check_device=check_device)
         if is_lightning_module(self.network):
             return  # it has its own loss and optimizer, and logs what it is judged by
         build_loss(self.loss)
-        check_optimizer(self.optimizer)
-        scheduler_plan(self.scheduler)
+        optimizer = check_optimizer(self.optimizer)
+        check_schedule(self.scheduler, optimizer, **options.limits)
         build_day_label(self.day_label)
         get_module_class(self.module)
         check_monitor(build_early_stopping(self.early_stop, self.monitor)[1])
@@ -466,6 +477,9 @@ class LightningModel(ModelFT):
                     segment, name = "train", key
                 self.evals_result_.setdefault(segment, {}).setdefault(name, []).append(value)
 
+    def _has_checkpoints(self, trainer: Mapping[str, Any]) -> bool:
+        return bool(self.checkpoint["enabled"]) and trainer.get("enable_checkpointing") is not False
+
     def _build_recipe(self, **overrides: Any) -> Recipe:
         """Return the training settings, with the overrides of a fine-tuning."""
         trainer = overrides.get("trainer", self.trainer)
@@ -475,9 +489,7 @@ class LightningModel(ModelFT):
         seed = self.seed if self.seed is not None else session().seed
         if seed is None:
             seed = int(torch.randint(2**31 - 1, ()))
-        checkpoint = dict(self.checkpoint)
-        if trainer.get("enable_checkpointing") is False:
-            checkpoint["enabled"] = False
+        checkpoint = {**self.checkpoint, "enabled": self._has_checkpoints(trainer)}
         return Recipe(
             loss=self.loss,
             module=self.module,

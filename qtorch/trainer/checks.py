@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qtorch.core.dates import as_stamp, last_instant
 from qtorch.core.errors import ConfigError, DataError, ExpressionError
 from qtorch.core.instantiate import (
     check_config,
@@ -19,14 +21,20 @@ from qtorch.core.instantiate import (
 from qtorch.core.qlib.notes import Notes
 from qtorch.core.qlib.translation import translate_task
 from qtorch.core.trust import NAME_KEYS, check_config_trust
+from qtorch.data.dataset.reweighter import check_reweighter
 from qtorch.data.processor.base import Processor
 from qtorch.model.fleet.current import current_fleet
 from qtorch.trainer.segments import check_fractions, has_fractions, segment_dates
+
+log = logging.getLogger(__name__)
 
 RECORD_MODULE = "qtorch.record"
 OWN_PACKAGE = "qtorch."
 PLACEHOLDERS = ("<MODEL>", "<DATASET>", "<PRED>")  # of records, filled in when they run
 TRAIN, TEST = "train", "test"
+TASK_KEYS = ("model", "dataset", "record", "reweighter", "seed")
+SPELLING = 0.8  # difflib's similarity from which another key is taken for a misspelt one
+MAX_SEED = 2**63 - 1
 
 
 def check_task(task: Any, *, check_device: bool = True) -> None:
@@ -46,6 +54,7 @@ def check_task(task: Any, *, check_device: bool = True) -> None:
     with _without_warnings():  # they are repeated when the task is carried out
         task = translate_task(fill_paths(task), Notes())  # Qlib's names, by what they are here
         check_config_trust(task)
+        _check_keys(task)
         _check_reweighter(task.get("reweighter"))
         _check_seed(task.get("seed"))
         _check_names(task["model"])
@@ -126,6 +135,7 @@ def check_segments(dataset: Any, records: Any) -> None:
     samples = getattr(dataset, "samples", None)
     if not callable(samples):
         return
+    _warn_of_earlier_test(getattr(dataset, "segments", {}))
     # The training itself starts with the segment train and checks it.
     for name in (n for n in getattr(dataset, "segments", {}) if n != TRAIN):
         segment = samples(name, data_key="infer")
@@ -150,6 +160,19 @@ def check_segments(dataset: Any, records: Any) -> None:
     _check_record_names(built_records, dataset, is_loaded=True)
 
 
+def _warn_of_earlier_test(segments: Mapping[str, Any]) -> None:
+    (train_start, _), (_, test_end) = (segments.get(name, (None, None)) for name in (TRAIN, TEST))
+    if train_start is None or test_end is None:
+        return
+    if last_instant(test_end) < as_stamp(train_start):
+        log.warning(
+            "the test segment (to %s) is before the train segment (from %s): the model is tested "
+            "on days that came before what it has learned.",
+            test_end,
+            train_start,
+        )
+
+
 def _check_names(config: Any) -> None:
     """Check the names in a nested configuration and the arguments that they take."""
     if isinstance(config, list | tuple):
@@ -169,12 +192,25 @@ def _check_names(config: Any) -> None:
 def _check_seed(seed: Any) -> None:
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise ConfigError(f"seed is {seed!r}; expected a whole number of at least 0, or null.")
+    if seed is not None and seed > MAX_SEED:
+        raise ConfigError(f"seed is {seed}; expected at most {MAX_SEED}, which torch can take.")
+
+
+def _check_keys(task: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a misspelt key, which nothing would read; notes of a user stay."""
+    for key in task:
+        names = difflib.get_close_matches(str(key), TASK_KEYS, n=1, cutoff=SPELLING)
+        if names and key not in TASK_KEYS:
+            raise ConfigError(f"unknown key of the task {key!r}. Did you mean {names[0]!r}?")
 
 
 def _check_reweighter(config: Any) -> None:
     _check_names(config)
-    if isinstance(config, Mapping | str) and not _may_read_data(config):
-        build_object(config)
+    if isinstance(config, Mapping | str | Path):
+        if _may_read_data(config):
+            return
+        config = build_object(config)
+    check_reweighter(config)
 
 
 def _check_segment_names(dataset: Any, parts: Sequence[Any]) -> None:

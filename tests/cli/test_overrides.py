@@ -21,6 +21,7 @@ from qtorch.cli.overrides import (
     replace_config_writer,
     save_config,
 )
+from qtorch.core.errors import ConfigError
 from qtorch.core.secrets import URLS_VARIABLE, complete_tree
 
 
@@ -184,6 +185,45 @@ def test_settings_that_a_new_class_does_not_take_are_left_out(overrides, expecte
     assert network == expected
     is_replaced = "torch" in overrides[0].replace("qtorch", "")
     assert ("model.network: left out hidden_size" in capsys.readouterr().err) == is_replaced
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+lr=0.1", "unknown option 'lr'. Did you mean model.optimizer.lr?"),
+        ("+modl=gru", "unknown option 'modl'. Did you mean 'model'?"),
+        ("+modl.lr=3", "unknown option 'modl'. Did you mean 'model'?"),
+        ("+callbacks.early_stopp=3", "unknown option of callbacks 'early_stopp'. Did you mean"),
+        ("+sweep.retri=true", "unknown option of sweep 'retri'. Did you mean 'retry'?"),
+        ("+trainer.max_epoch=3 +h=1", "unknown option 'h'"),
+        ("log_level=info", "unknown log_level 'info'. Did you mean 'INFO'?"),
+        ("experiment_name=", "experiment_name is ''; expected text"),
+        ("experiment_name=5", "experiment_name is 5; expected text (in quotes: 'experiment"),
+        ("run_name=[a]", "run_name is ['a']; expected text"),
+        ("sweep.retry=maybe", "sweep.retry is 'maybe'; expected true or false"),
+        ("fleet.max_members=0", "fleet.max_members is 0; expected a whole number of at least 1"),
+        ("runner=fleat", "unknown runner 'fleat'. Did you mean 'fleet'?"),
+        ("task=5", "task is 5; expected a mapping"),
+    ],
+)
+def test_settings_of_the_command_that_mean_nothing(override, message):
+    with pytest.raises(ConfigError) as error:
+        compose_settings("train", override.split())
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["+h=32", "model.network.hidden_size=${h}"],
+        ["+sizes.h=32", "model.network.hidden_size=${sizes.h}"],
+        ["+sizes.h=32", "run_name='${experiment_name} of ${.sizes.h}'"],
+        ["+callbacks.early_stop.min_delta=0.1", "+trainer.limit_train_batches=2"],
+        ["+task.note=mine", "++seed=3", "+handler.cache=false"],
+    ],
+)
+def test_new_settings_that_are_read(overrides):
+    compose_settings("train", overrides)
 
 
 def test_arguments_of_a_source_that_is_replaced():

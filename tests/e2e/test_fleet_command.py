@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from training_runs import metric_points, wait_for_epoch
 
 from qtorch.tracking.manager import R
 
@@ -36,3 +37,33 @@ def test_mistakes_are_said_before_anything_is_trained(train, qtorch_cli) -> None
     line = qtorch_cli("rolling", "runner=fleet", "debug=tiny", "warm_start=true").error()
     assert "warm_start" in line
     assert "fleet" in qtorch_cli("rolling", "runner=flet").error()
+
+
+@pytest.mark.slow
+def test_killed_fleet_is_resumed_by_the_same_command(
+    start, train, runs, qtorch_cli, folder
+) -> None:
+    words = ("-m", "runner=fleet", "seed=0,1", "trainer.max_epochs=30", "callbacks=no_stop")
+    words += ("model.network.hidden_size=8", "model.network.dropout=0.2", "record=none")
+
+    def jobs(experiment: str = "debug"):
+        return [r for r in runs(experiment) if not r.name.startswith("sweep ")]
+
+    child = start("train", "debug=tiny", "log_level=WARNING", *words)
+    wait_for_epoch(jobs, child, 1)
+    child.kill()
+    child.communicate()
+    assert qtorch_cli("runs").out.count("KILLED") >= 2
+    result = train(*words)
+    assert result.code == 0, result.err
+    assert result.out.count("(resumed)") == 2, result
+    assert train(*words, "experiment_name=whole").code == 0
+    database = folder / "mlruns" / "mlflow.db"
+    points = {
+        (name, run.list_params()["seed"]): metric_points(database, run.id)
+        for name in ("debug", "whole")
+        for run in jobs(name)
+    }
+    for seed in ("0", "1"):
+        assert len([key for key, _ in points["debug", seed] if key == "valid/loss"]) == 30
+        assert points["debug", seed] == points["whole", seed]

@@ -188,3 +188,27 @@ def test_resume_on_two_devices_after_one(
     # The epoch's mean loss counts both parts, each sample once.
     loss = model.evals_result_["train"]["loss"][1]
     assert loss == pytest.approx(reference_fit[0].evals_result_["train"]["loss"][1], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ({"max_epochs": 2}, {"max_epochs": 4}),
+        ({"max_steps": 7}, {"max_epochs": 3}),
+        ({"max_steps": 7}, {"max_steps": 17}),
+    ],
+    ids=["by epochs", "inside an epoch, then by epochs", "inside an epoch, then by steps"],
+)
+def test_longer_fit_on_two_devices_is_as_if_there_had_been_no_end(
+    tmp_path: Path, short: dict[str, int], long: dict[str, int]
+) -> None:
+    trainer = {"gradient_clip_val": 1.0, **DDP}
+    models = []
+    for name, lengths in {"run": (short, long), "whole": (long,)}.items():
+        (tmp_path / name).mkdir()
+        for length in lengths:
+            models.append(resumable_model(trainer={**trainer, **length}))
+            models[-1].fit(ToyDataset(), recorder=ToyRecorder(tmp_path / name))
+    _, longer, whole = models
+    assert longer.fit_report_["resumed_from"] is not None
+    _assert_same(longer, None, (whole, None))

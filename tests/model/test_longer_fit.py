@@ -197,3 +197,25 @@ def test_training_that_early_stopping_has_ended_stays_ended(tmp_path: Path) -> N
     longer = fit(tmp_path / "run", trainer, early_stop=2, **options)
     assert longer.fit_report_["epochs"] > shorter.fit_report_["epochs"]
     assert_same_fit(longer, fit(tmp_path / "whole", trainer, early_stop=2, **options))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"_target_": "qtorch.model.WarmupCosine"},
+        {"_target_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 0.01},
+        {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": "max_epochs"},
+    ],
+    ids=["warm-up and cosine", "one cycle", "cosine by epochs"],
+)
+def test_longer_fit_of_a_schedule_over_its_length_starts_from_scratch(
+    tmp_path: Path, schedule: dict
+) -> None:
+    fit(tmp_path / "run", {"max_epochs": 2}, scheduler=schedule)
+    longer = fit(tmp_path / "run", {"max_epochs": 4}, scheduler=schedule)
+    expected = fit(tmp_path / "whole", {"max_epochs": 4}, scheduler=schedule)
+    assert longer.fit_report_["resumed_from"] is None
+    assert_same_fit(longer, expected)
+    repeated = fit(tmp_path / "run", {"max_epochs": 4}, scheduler=schedule)
+    assert repeated.fit_report_["resumed_from"] is not None
+    assert_same_fit(repeated, expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ class Hook(pl.Callback):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("limit_train_batches", (-1, 1.5, 4.0, True)),
+        ("limit_train_batches", (0, 0.0, -1, 1.5, 4.0, True)),
         ("limit_val_batches", (-1, 1.5)),
         ("overfit_batches", (-1, -0.5)),
         ("val_check_interval", (0, -3, 1.5)),
@@ -43,6 +44,29 @@ def test_numbers_of_batches_that_mean_nothing_are_refused(name: str, values) -> 
     for value in values:
         with pytest.raises(ConfigError, match=rf"trainer\.{name} is {value!r}"):
             make_model(trainer={name: value})
+
+
+def test_training_of_no_step_is_warned_about(dataset: ToyDataset, caplog) -> None:
+    for name in ("max_epochs", "max_steps"):
+        fit_model(dataset, trainer={"max_epochs": 1, name: 0})
+        assert f"trainer.{name}=0 trains nothing" in caplog.text
+
+
+def test_a_profiler_may_be_configured(dataset: ToyDataset, tmp_path: Path) -> None:
+    profiler = {"_target_": "pytorch_lightning.profilers.SimpleProfiler"}
+    profiler |= {"dirpath": str(tmp_path), "filename": "times"}
+    fit_model(dataset, trainer={"max_epochs": 1, "profiler": profiler})
+    (report,) = tmp_path.iterdir()
+    assert "run_training_epoch" in report.read_text()
+
+
+def test_arguments_of_parameter_groups_are_those_of_the_optimizer() -> None:
+    groups = {"*": {"weight_decy": 0.0}}
+    model = make_model(optimizer={"optimizer": "adam", "groups": groups})
+    with pytest.raises(ConfigError, match=r"'weight_decy'\. Did you mean 'weight_decay'"):
+        model.check_settings()
+    with pytest.raises(ConfigError, match="expected a mapping of arguments"):
+        make_model(optimizer={"optimizer": "adam", "groups": {"*": 0.0}}).check_settings()
 
 
 def test_validation_after_the_end_of_an_epoch_is_refused(dataset: ToyDataset) -> None:

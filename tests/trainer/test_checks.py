@@ -6,12 +6,13 @@ import pytest
 
 from qtorch.cli.compose import compose_settings
 from qtorch.core.errors import ConfigError, DataError, ExpressionError
+from qtorch.core.instantiate import init_instance_by_config
 from qtorch.data import SyntheticSource
 from qtorch.model import LightningModel
 from qtorch.record import PortAnaRecord
 from qtorch.record.base import Record
 from qtorch.trainer import task_train
-from qtorch.trainer.checks import check_task
+from qtorch.trainer.checks import check_segments, check_task
 
 pytestmark = pytest.mark.slow  # The full CI alone composes a configuration for each of them.
 
@@ -80,7 +81,60 @@ def check(monkeypatch):
             " frequency: 0}",
             "frequency of the scheduler is 0; expected a whole number of at least 1",
         ),
-        ("+trainer.benchmark=yes", "Lightning rejects these trainer arguments: "),
+        ("+trainer.benchmark=yes", "trainer.benchmark is 'yes'; expected true or false"),
+        ("+trainer.deterministic=no", "deterministic is 'no'; expected true, false or warn"),
+        ("+trainer.barebones=true", "trainer.barebones turns off the checkpoints"),
+        ("+trainer.strategy=dpp", "unknown trainer.strategy 'dpp'. Did you mean 'ddp'?"),
+        ("+trainer.strategy=[ddp]", "trainer.strategy is ['ddp']; expected the name of a strategy"),
+        ("+trainer.plugins=[x]", "'x' does not name a module"),
+        ("+trainer.plugins=5", "Found invalid type for plugin 5"),
+        (
+            "+trainer.plugins=[{_target_: pytorch_lightning.plugins.io.AsyncCheckpointIO}]",
+            "trainer.plugins has a AsyncCheckpointIO, but a fit has its own",
+        ),
+        ("+trainer.profiler=5", "trainer.profiler is 5; expected its name"),
+        ("+trainer.max_time=5", "trainer.max_time is 5; expected DD:HH:MM:SS"),
+        ("+trainer.default_root_dir=5", "trainer.default_root_dir is 5; expected a folder"),
+        ("+trainer.min_epochs=-1", "trainer.min_epochs is -1; expected a whole number"),
+        ("+trainer.limit_train_batches=0", "limit_train_batches is 0; expected a number of batch"),
+        ("+trainer.num_nodes=2", "was not started on the other nodes"),
+        (
+            "model.scheduler={_target_: torch.optim.lr_scheduler.StepLR}",
+            "the scheduler StepLR: missing a required argument: 'step_size'",
+        ),
+        (
+            "model.scheduler={_target_: torch.optim.lr_scheduler.StepLR, step_size: 0}",
+            "step_size of StepLR is 0; expected a whole number of at least 1",
+        ),
+        (
+            "model.scheduler={_target_: torch.optim.lr_scheduler.StepLR, step_size: 5, gamma: x}",
+            "gamma of StepLR is 'x'; expected a number",
+        ),
+        (
+            "model.scheduler={_target_: torch.optim.lr_scheduler.OneCycleLR, max_lr: x}",
+            "the scheduler OneCycleLR does not accept {'max_lr': 'x'}",
+        ),
+        (
+            "model.scheduler={_target_: qtorch.model.WarmupCosine, warmup: -1}",
+            "warmup is -1; expected at least 0",
+        ),
+        (
+            "model.scheduler={_target_: torch.optim.lr_scheduler.SequentialLR, milestones: [1], "
+            "schedulers: [{_target_: torch.optim.lr_scheduler.StepLR}]}",
+            "the scheduler StepLR: missing a required argument: 'step_size'",
+        ),
+        (
+            "model.scheduler={_target_: torch.nn.Identity}",
+            "the scheduler is a Identity; expected one of torch.optim.lr_scheduler",
+        ),
+        ("+model.optimizer.betas=[0.9]", "Adam does not accept {'lr': 0.001, 'betas': [0.9]}"),
+        ("model.optimizer={_target_: torch.nn.Identity}", "the optimizer is a Identity; expected"),
+        ("seed=99999999999999999999", "expected at most 9223372036854775807"),
+        ("dataset.step_len=100000", "step_len is 100000, but the data has 522 bars"),
+        ("+dataset.extras=x", "extras is 'x'; expected a mapping"),
+        ("task.reweighter=5", "int is not a reweighter"),
+        ("+task.sed=5", "unknown key of the task 'sed'. Did you mean 'seed'?"),
+        ("model.init_from=run:none", "init_from='run:none': could not read run none"),
         ("+trainer.check_val_every_n_epoch=0", "check_val_every_n_epoch is 0; expected a whole"),
         ("+callbacks.early_stop.min_delta=abc", "early_stop.min_delta is 'abc'; expected a number"),
         (
@@ -251,6 +305,14 @@ def test_names_that_only_the_bars_tell_are_checked_before_the_training(
     monkeypatch.setattr(LightningModel, "fit", lambda *_, **__: pytest.fail("a model is trained"))
     with pytest.raises(DataError, match=message):
         task_train(task, "exp")
+
+
+def test_a_test_before_the_training_is_warned_about(caplog):
+    dates = {"train": ("2019-07-01", "2019-12-31"), "test": ("2018-07-01", "2019-06-28")}
+    task = compose_settings("train", ["data=synthetic_tiny", "segments={train: 1.0}"])["task"]
+    dataset = init_instance_by_config({**task["dataset"], "segments": dates})
+    check_segments(dataset, None)
+    assert "the test segment (to 2019-06-28) is before the train segment" in caplog.text
 
 
 def test_the_device_is_that_of_the_machine_that_trains():

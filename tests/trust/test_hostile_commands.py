@@ -190,6 +190,8 @@ def store_plan(run: Any, words: list[str], folder: Path) -> None:
         "+model.loss=evil_module.go",
         "+model.callbacks=[evil_module.Net]",
         "+trainer.callbacks=[{_target_: evil_module.Net}]",
+        "+trainer.plugins=[{_target_: evil_module.Net}]",
+        "+trainer.profiler={_target_: evil_module.Net}",
         "handler.source._target_=evil_module.Net",
         "record=[{class: Net, module_path: evil_module.py}]",
         "+reweighter=evil_module.go",

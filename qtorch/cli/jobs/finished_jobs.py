@@ -6,6 +6,7 @@ only to find in the job's process that it is finished.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,8 @@ from qtorch.study.sweep import JobResult
 from qtorch.study.sweep_job import find_finished_job, has_finished_jobs
 from qtorch.trainer.segments import Calendars
 
+log = logging.getLogger(__name__)
+
 Jobs = Mapping[int, Sequence[str]]
 
 
@@ -42,7 +45,7 @@ def skip_finished_jobs(
     """Return the JobReturns of the jobs, by number, that are finished or have failed for good.
 
     Each gets a result in its folder, as if it had been run. A job that cannot be checked is left to
-    the launcher, so that the error is reported there.
+    the launcher, with a warning: its process checks it again.
     """
     sweep = current_sweep()
     if sweep is None or sweep.recorder is None or config.runner != LOCAL:
@@ -56,7 +59,12 @@ def skip_finished_jobs(
         with use_hydra_config(job):
             try:
                 job_return = _skip_job(job, number, str(sweep.recorder.id), calendars)
-            except QtorchError:
+            except QtorchError as error:
+                log.warning(
+                    "job %d is submitted, because whether it is finished cannot be told: %s",
+                    number,
+                    error,
+                )
                 continue
         if job_return is not None:
             job_returns[number] = job_return

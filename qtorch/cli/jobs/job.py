@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from qtorch.cli.compose import (
     LOCAL,
+    check_added_keys,
     check_missing_values,
-    check_runner,
+    check_values,
     discard_inherited_settings,
     translate_hydra_errors,
 )
@@ -161,10 +162,13 @@ def _validate_settings(config: DictConfig) -> dict[str, Any]:
     """Return the settings as plain data after checking that they are complete."""
     with translate_hydra_errors():
         config = copy.deepcopy(config)
-        discard_inherited_settings(config, list(HydraConfig.get().overrides.task))
+        hydra_config = HydraConfig.get()
+        overrides = list(hydra_config.overrides.task)
+        discard_inherited_settings(config, overrides)
+        check_added_keys(config, overrides, OmegaConf.to_container(hydra_config, resolve=False))
         check_missing_values(config)
         settings: dict[str, Any] = complete_tree(resolve_config(config))
-    check_runner(settings["runner"])
+    check_values(settings)
     return settings
 
 

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from qtorch.cli.compose import LOCAL
+from qtorch.cli.compose import LOCAL, check_added_keys, check_values
 from qtorch.cli.guard import INTERRUPTED, configure_process, error_line
 from qtorch.cli.jobs.repeats import connect_repeats, failure_texts, store_repeats
 from qtorch.cli.jobs.results import FAILED, KILLED, RUNNING, SENT, command_results
@@ -99,6 +99,12 @@ class SweepCommand:
     def start(self, config: DictConfig) -> None:
         """Start the processes and the sweep's run, and pass the run's ID to the jobs."""
         overrides = list(config.hydra.overrides.task)
+        check_values(config)
+        check_added_keys(
+            OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]),
+            overrides,
+            OmegaConf.to_container(config.hydra, resolve=False),
+        )
         self.name = sweep_name(config.sweep.name, overrides)
         launcher = str(config.hydra.launcher._target_)
         if launcher not in Plugins.instance().class_name_to_class:

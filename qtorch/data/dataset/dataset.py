@@ -419,6 +419,12 @@ class TSDatasetH(DatasetH):
 
     def check_settings(self) -> None:
         super().check_settings()
+        calendar = self.handler.find_calendar()
+        if calendar is not None and self.step_len > len(calendar):
+            raise ConfigError(
+                f"step_len is {self.step_len}, but the data has {len(calendar)} bars of each "
+                "instrument: choose a shorter window."
+            )
         names = self.handler.data_loader.names()
         if self.flt_col is None or names is None:
             return

@@ -129,7 +129,9 @@ class BoundConcepts(Gatherable):
 
 
 def check_extras(extras: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a dataset's `extras`; raise ConfigError for a reserved name."""
+    """Return a dataset's `extras`; raise ConfigError for a reserved name or another form."""
+    if extras is not None and not isinstance(extras, Mapping):
+        raise ConfigError(f"extras is {extras!r:.80}; expected a mapping of names to extras.")
     for name in extras or {}:
         if name in RESERVED:
             raise ConfigError(

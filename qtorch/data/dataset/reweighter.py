@@ -43,6 +43,15 @@ class Reweighter(Configured):
         """
 
 
+def check_reweighter(reweighter: Any) -> None:
+    """Raise ConfigError for what is neither None nor has Qlib's method `reweight(data)`."""
+    if reweighter is not None and not callable(getattr(reweighter, "reweight", None)):
+        raise ConfigError(
+            f"{type(reweighter).__name__} is not a reweighter: it has no reweight(data) method. "
+            "Pass other arguments of fit by their names, such as evals_result=..."
+        )
+
+
 def validate_weights(weights: Any, index: pd.MultiIndex) -> Tensor:
     """Convert a reweighter's weights to float32 `[S]`.
 

@@ -23,7 +23,7 @@ from qtorch.core.errors import (
 )
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.extras import Extra, Gatherable
-from qtorch.data.dataset.reweighter import Reweighter, validate_weights
+from qtorch.data.dataset.reweighter import Reweighter, check_reweighter, validate_weights
 from qtorch.data.device_memory import free_bytes
 from qtorch.data.panel.columns import COLUMNS_AT_ONCE, Columns, PanelColumns, column_parts
 from qtorch.data.panel.gather import PackedColumns, check_fill
@@ -439,13 +439,9 @@ class Samples:
 
         Any object with Qlib's `reweight(data)` works; it receives `frame(reweighter.needs)`.
         """
+        check_reweighter(reweighter)
         if reweighter is None:
             return self
-        if not callable(getattr(reweighter, "reweight", None)):
-            raise ConfigError(
-                f"{type(reweighter).__name__} is not a reweighter: it has no reweight(data) "
-                "method. Pass other arguments of fit by their names, such as evals_result=..."
-            )
         data = self.frame(getattr(reweighter, "needs", ("label",)))
         weight = validate_weights(reweighter.reweight(data), self.index)
         result = self._copy_on_device(self.date.device)

@@ -78,8 +78,33 @@ class Launch:
 def plan_launch(num_local: int, num_nodes: int) -> Launch:
     """Decide how the ranks of a fit on `num_nodes` nodes with `num_local` devices each are started.
 
-    Raises ConfigError if torchrun or srun has started another number of processes, and for several
-    nodes without either.
+    Raises ConfigError as `check_launch` does.
+    """
+    world = check_launch(num_local, num_nodes)
+    size = num_local * num_nodes
+    if world is None:
+        return Launch(
+            address="127.0.0.1",
+            own_ranks=range(num_local),
+            size=size,
+            threads=rank_threads(num_local),
+            is_single_node=True,
+        )
+    return Launch(
+        address=world.address,
+        own_ranks=range(1),
+        size=size,
+        threads=rank_threads(world.num_local, is_launched=True),
+        is_single_node=num_nodes == 1,
+        store=_connect_store(world, host=False),
+    )
+
+
+def check_launch(num_local: int, num_nodes: int) -> World | None:
+    """Return what torchrun or srun has started; None if the fit starts its ranks itself.
+
+    Raises ConfigError if they have started another number of processes, and for several nodes
+    without either.
     """
     world_json = os.environ.get(WORLD_VARIABLE)
     size = num_local * num_nodes
@@ -91,13 +116,7 @@ def plan_launch(num_local: int, num_nodes: int) -> Launch:
                 f"qtorch.cli.main train ..., or srun --nodes {num_nodes} --ntasks {size} qtorch "
                 "train ..."
             )
-        return Launch(
-            address="127.0.0.1",
-            own_ranks=range(num_local),
-            size=size,
-            threads=rank_threads(num_local),
-            is_single_node=True,
-        )
+        return None
     world = World(**json.loads(world_json))
     if world.size != size:
         raise ConfigError(
@@ -105,14 +124,7 @@ def plan_launch(num_local: int, num_nodes: int) -> Launch:
             f"devices (trainer.devices={num_local} x trainer.num_nodes={num_nodes}): start one "
             "process for each device."
         )
-    return Launch(
-        address=world.address,
-        own_ranks=range(1),
-        size=size,
-        threads=rank_threads(world.num_local, is_launched=True),
-        is_single_node=num_nodes == 1,
-        store=_connect_store(world, host=False),
-    )
+    return world
 
 
 def is_launched() -> bool:

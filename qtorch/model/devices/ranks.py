@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from qtorch.data.dataset.batches import check_size
 from qtorch.data.dataset.samples import Samples
 from qtorch.model.devices.launcher import (
     Launch,
+    check_launch,
     check_single_process,
     is_launched,
     plan_launch,
@@ -318,25 +319,28 @@ def _find_free_port() -> int:
     return port
 
 
-def check_devices(recipe: Recipe, train: Samples) -> None:
-    """Raise ConfigError if the training cannot be shared among its devices."""
-    options = recipe.trainer
+def check_devices(
+    options: TrainerOptions, batch: Mapping[str, Any], module: Any, *, has_checkpoints: bool
+) -> None:
+    """Raise ConfigError if a training cannot be shared among its devices, whatever its data.
+
+    `module`: the configuration of the module, or None.
+    """
     size = options.num_devices
     if size == 1:
         check_single_process()
         return
     check_visible_gpus(options)
-    check_size(recipe.batch["order"], recipe.batch["size"], recipe.batch["days_per_batch"], size)
-    if len(train) < size:
-        raise ConfigError(f"{len(train)} training samples are too few for {size} devices.")
-    if recipe.module is not None:
-        _check_batch_sharing(build_factory(recipe.module, "module"), size)
+    check_size(batch["order"], batch["size"], batch["days_per_batch"], size)
+    if module is not None:
+        _check_batch_sharing(build_factory(module, "module"), size)
     num_nodes = int(options.arguments.get("num_nodes", 1))
-    if num_nodes > 1 and recipe.checkpoint.get("enabled", True) is False:
+    if num_nodes > 1 and not has_checkpoints:
         raise ConfigError(
             "several nodes exchange files in the checkpoint folder: keep checkpoints enabled "
             "(checkpoint.enabled), in a folder that all nodes can access (checkpoint.dir)."
         )
+    check_launch(options.num_local, num_nodes)
 
 
 def check_visible_gpus(options: TrainerOptions) -> None:

@@ -231,7 +231,10 @@ class Fleet:
                     first.inputs.device,
                 )
                 while training.members:
-                    self._run_round(training, jobs, interruption)
+                    if any(member.is_finished for member in training.members):
+                        self._end_members(training, jobs)  # a checkpoint was that of their end
+                    else:
+                        self._run_round(training, jobs, interruption)
                     self._start_jobs(busy=len(training.members))
                     self._enter(training, key, jobs)
             except BaseException:
@@ -273,24 +276,28 @@ class Fleet:
         self.display.end_round()
         training_seconds = time.perf_counter() - begin
         self._save(training)
-        finished_members = training.remove_finished_members()
+        num_finished = sum(member.is_finished for member in members)
         best_values = self.display.best_values
         log.info(
             "round %d: %d members, %d of them ended, %d waiting%s; %s samples/s (%.2f s)",
             training.num_rounds - 1,
             len(members),
-            len(finished_members),
+            num_finished,
             len(self._pending) + len(self._parked),
             f"; {best_values}" if best_values else "",
             f"{sum(len(m.train) for m in members) / training_seconds:,.0f}",
             training_seconds,
             extra={"file_only": self.display.is_visible},
         )
-        for member in finished_members:
+        self._end_members(training, jobs)
+
+    def _end_members(self, training: FleetTraining, jobs: dict[int, Job[Any]]) -> None:
+        """Take the finished members out of the training, and let their jobs go on."""
+        num_members = len(training.members)
+        for member in training.remove_finished_members():
             self.display.count_member(member)
             job = jobs.pop(member.number)
-            answer = member.error or _result(member, len(members))
-            self._advance(job, answer)
+            self._advance(job, member.error or _result(member, num_members))
 
     def _save(self, training: FleetTraining) -> None:
         for place, member in enumerate(training.members):

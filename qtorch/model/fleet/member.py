@@ -186,7 +186,12 @@ class MemberStopping:
             self.best, self.wait_count = value, 0
             return False
         self.wait_count += 1
-        return self.wait_count >= self.patience
+        return self.is_exhausted
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the last epochs, more than the patience allows, were no improvement."""
+        return self.patience is not None and 0 < self.wait_count >= self.patience
 
 
 @dataclass
@@ -235,6 +240,7 @@ class Member:
             self.scheduler = self.plan.factory(self.template)
             check_scheduler(self.scheduler, self.plan, has_validation=self.valid is not None)
         self.num_steps = 0  # optimizer steps
+        self.is_finished = self.is_at_end  # of no epoch
 
     @staticmethod
     def build_network(inputs: FitInputs) -> nn.Module:
@@ -300,8 +306,7 @@ class Member:
         if self.recorder is not None:
             self.recorder.log_batch(dict(values), step=epoch)
         self._check_loss(values[TRAIN_LOSS], epoch, has_best=progress.best_epoch is not None)
-        if self.stopping.should_stop(values) or self.epoch >= self.max_epochs:
-            self.is_finished = True
+        self.is_finished = self.is_finished or self.stopping.should_stop(values) or self.is_at_end
         if self.plan is not None and self.plan.interval == "epoch":
             self._step_scheduler(self.epoch, values)
         return is_best
@@ -310,6 +315,11 @@ class Member:
     def max_epochs(self) -> int:
         """The largest number of epochs."""
         return self.inputs.recipe.trainer.max_epochs
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the member has trained its largest number of epochs."""
+        return self.epoch >= self.max_epochs
 
     def _check_loss(self, loss: float, epoch: int, *, has_best: bool) -> None:
         if math.isfinite(loss):
@@ -360,13 +370,18 @@ class Member:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the result of `state_dict`."""
+        """Restore the result of `state_dict`.
+
+        An ended member goes on if there are more epochs now, or more patience, as a fit by itself.
+        """
         (self.progress,) = FitProgress.from_states([state["progress"]])
         self.stopping.wait_count = state["wait_count"]
         self.stopping.best = state["stopping_best"]
         self.num_steps, self.seconds = state["num_steps"], state["seconds"]
-        self.num_samples, self.is_finished = state["num_samples"], state["is_finished"]
+        self.num_samples = state["num_samples"]
         self.error = None if state["error"] is None else DataError(state["error"])
+        has_failed = self.error is not None or self.progress.is_stopped
+        self.is_finished = has_failed or self.stopping.is_exhausted or self.is_at_end
         for group, values in zip(self.template.param_groups, state["groups"], strict=True):
             group.update(values)
         if self.scheduler is not None:

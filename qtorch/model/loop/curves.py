@@ -76,7 +76,12 @@ def name_curves(
         return recorder
     number = 1 + sum(t.startswith(f"{kind} ") for t in trainings[:position])
     name = kind if number == 1 else f"{kind}_{number}"
-    log.info("run %s has another training: the metrics of this one are %s/...", recorder.id, name)
+    log.info(
+        "run %s has another training (or a schedule over another length): the metrics of this one "
+        "are %s/...",
+        recorder.id,
+        name,
+    )
     return NamedCurves(recorder, name)
 
 

@@ -91,17 +91,35 @@ def optimizer_factory(spec: Spec | None) -> OptimizerFactory:
     return build_factory(spec, "optimizer")
 
 
-def check_optimizer(spec: Spec | None) -> None:
+def check_optimizer(spec: Spec | None) -> Optimizer | None:
     """Raise ConfigError for an optimizer whose name or arguments are wrong.
 
-    `spec` is one of `group_parameters`, whose patterns are not checked.
+    `spec` is one of `group_parameters`, whose patterns are not checked. Returns the optimizer of
+    one weight; None if a function builds it, which is not called.
     """
+    groups: Mapping[str, Any] = {}
     if isinstance(spec, Mapping) and "groups" in spec:
-        spec = spec.get("optimizer")
+        groups, spec = spec["groups"] or {}, spec.get("optimizer")
     factory = optimizer_factory(spec)
     product_class = getattr(factory, "func", factory)
-    if isinstance(product_class, type) and issubclass(product_class, Optimizer):
-        explain_errors(factory)([nn.Parameter(torch.zeros(1))])
+    if not isinstance(product_class, type):
+        return None
+    if not issubclass(product_class, Optimizer):
+        raise ConfigError(
+            f"the optimizer is a {product_class.__name__}; expected a torch.optim.Optimizer."
+        )
+    optimizer = explain_errors(factory)([nn.Parameter(torch.zeros(1))])
+    for pattern, arguments in groups.items():
+        if not isinstance(arguments, Mapping):
+            raise ConfigError(
+                f"optimizer.groups: {pattern!r} has {arguments!r:.60}; expected a mapping of "
+                "arguments, such as {weight_decay: 0.0}."
+            )
+        for name in arguments:  # torch would keep an unknown one, unread
+            kind = f"argument of {product_class.__name__} in the group {pattern!r}:"
+            check_name(kind, name, optimizer.defaults)
+    assert isinstance(optimizer, Optimizer)
+    return optimizer
 
 
 def fuse_on_gpu(factory: OptimizerFactory) -> OptimizerFactory:
@@ -134,15 +152,23 @@ def _can_fuse(group: Mapping[str, Any]) -> bool:
     )
 
 
-def explain_errors(factory: Callable[..., Any], kind: str = "optimizer") -> Callable[..., Any]:
-    """Wrap the factory of an optimizer to raise ConfigError for a bad argument (text for lr)."""
+def explain_errors(
+    factory: Callable[..., Any], kind: str = "optimizer", *, named_factory: Any = None
+) -> Callable[..., Any]:
+    """Wrap the factory of an optimizer to raise ConfigError for a bad argument (text for lr).
+
+    `named_factory`: the one whose name and arguments are in the message, if it is another.
+    """
 
     def make(subject: Any, **lengths: Any) -> Any:
         try:
             return factory(subject, **lengths)
-        except (TypeError, ValueError, AttributeError) as error:
-            product_class = getattr(factory, "func", factory)
-            arguments = {**getattr(factory, "keywords", {}), **lengths}
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+            described = factory if named_factory is None else named_factory
+            product_class = getattr(described, "func", described)
+            arguments = {**getattr(described, "keywords", {}), **lengths}
             name = getattr(product_class, "__name__", type(product_class).__name__)
             raise ConfigError(f"the {kind} {name} does not accept {arguments}: {error}") from error
 

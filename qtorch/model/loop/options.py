@@ -6,12 +6,14 @@ import inspect
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from datetime import timedelta
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import (
@@ -28,10 +30,23 @@ from pytorch_lightning.callbacks import (
     Timer,
     WeightAveraging,
 )
-from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy
+from pytorch_lightning.profilers import Profiler
+from pytorch_lightning.strategies import (
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from qtorch.core.errors import ArgumentError, ConfigError, check_name, unknown_name_message
+from qtorch.core.errors import (
+    ArgumentError,
+    ConfigError,
+    check_count,
+    check_name,
+    unknown_name_message,
+)
 from qtorch.core.identity import digest
 from qtorch.core.instantiate import init_instance_by_config, resolve_config
 from qtorch.core.runtime import is_notebook, resolve_device
@@ -61,6 +76,7 @@ DEFAULT_INNER_STEPS = 64
 FREQUENT_INNER_STEPS = 16  # for a progress bar, or ranks that agree on a stop between steps
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 FORKING_STRATEGIES = ("spawn", "fork", "notebook")
+UNSUPPORTED_STRATEGIES = (*FORKING_STRATEGIES, "fsdp", "xla", "tpu")  # parts of their names
 # A callback with these hooks sees each batch only if a training step has a single batch.
 BATCH_HOOKS = (
     "on_train_batch_start",
@@ -89,18 +105,39 @@ REJECTED_FOR_SCORE_MODULES: dict[type, str] = {
     "finetune(unfreeze_every=...).",
 }
 
-# Arguments that are a number of batches, as an integer, or a part of all batches.
-BATCH_COUNTS = ("limit_train_batches", "limit_val_batches", "overfit_batches", "val_check_interval")
+# Arguments that are a number of batches, as an integer, or a part of all batches; and whether that
+# may be none of them.
+BATCH_COUNTS = {
+    "limit_train_batches": False,
+    "limit_val_batches": True,
+    "overfit_batches": True,  # 0: off
+    "val_check_interval": False,
+}
 FAST_RUN = "fast_dev_run"
 # for wrong arguments; torch raises RuntimeError for a `benchmark` that is no bool
 LIGHTNING_ERRORS = (MisconfigurationException, ValueError, TypeError, RuntimeError)
 
 NUMBER_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps"), (int,)),
+    **dict.fromkeys(("max_epochs", "max_steps"), (int,)),
     **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch"), (int,)),
     **dict.fromkeys(("limit_train_batches", "limit_val_batches", "overfit_batches"), (int, float)),
     "gradient_clip_val": (int, float),
 }
+# Counts that Lightning does not check, with the smallest that it can use (-1: all or no limit).
+COUNTS = {"min_epochs": 0, "min_steps": 0, "log_every_n_steps": 0, "num_sanity_val_steps": -1}
+# Lightning takes any text for true, also "no".
+SWITCHES = (
+    "barebones",
+    "benchmark",
+    "detect_anomaly",
+    "enable_autolog_hparams",
+    "enable_checkpointing",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "inference_mode",
+    "sync_batchnorm",
+    "use_distributed_sampler",
+)
 
 
 @dataclass(frozen=True)
@@ -167,6 +204,11 @@ class TrainerOptions:
         return DEFAULT_MAX_EPOCHS if arguments.get("max_steps", -1) == -1 else -1
 
     @property
+    def limits(self) -> dict[str, int]:
+        """The largest numbers of epochs and steps, by the names of their arguments."""
+        return {"max_epochs": self.max_epochs, "max_steps": self.length.max_steps}
+
+    @property
     def has_progress_bar(self) -> bool:
         """Whether one of the user's callbacks is a progress bar."""
         return any(isinstance(c, ProgressBar) for c in self.callbacks)
@@ -211,6 +253,8 @@ def trainer_options(user_arguments: Mapping[str, Any] | None, callbacks: Any) ->
     if isinstance(arguments.get("default_root_dir"), StoredText):
         del arguments["default_root_dir"]  # a stranger must not choose where files are written
     _check_devices(user_arguments)
+    _check_switches(user_arguments)
+    _check_objects(arguments)
     _check_numbers(user_arguments)
     _check_batch_counts(user_arguments)
     clip = arguments.pop("gradient_clip_val", None)
@@ -258,7 +302,21 @@ def _batch_limits(
 
 
 def _check_devices(arguments: Mapping[str, Any]) -> None:
-    strategy, num_nodes = arguments.get("strategy"), arguments.get("num_nodes", 1)
+    num_nodes = arguments.get("num_nodes", 1)
+    _check_strategy(arguments.get("strategy"))
+    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
+        raise ConfigError(f"trainer.num_nodes is {num_nodes!r}; expected an integer of at least 1.")
+    parse_devices(arguments)
+    accelerator = arguments.get("accelerator")
+    if isinstance(accelerator, str) and accelerator not in ACCELERATORS:
+        reason = " (it has no float64, in which losses are summed)" if accelerator == "mps" else ""
+        raise ConfigError(
+            f"{unknown_name_message('trainer.accelerator', accelerator, ACCELERATORS)}{reason}"
+        )
+
+
+def _check_strategy(strategy: Any) -> None:
+    """Check a strategy, also for one device, which does not use it."""
     if isinstance(strategy, str) and any(word in strategy for word in FORKING_STRATEGIES):
         raise ConfigError(
             f"trainer.strategy is {strategy!r}, which forks or spawns the running program; a fit "
@@ -270,14 +328,20 @@ def _check_devices(arguments: Mapping[str, Any]) -> None:
             "a training step here runs several batches. To shard weights use trainer=fsdp: "
             "strategy={'_target_': 'qtorch.model.Sharded'}."
         )
-    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
-        raise ConfigError(f"trainer.num_nodes is {num_nodes!r}; expected an integer of at least 1.")
-    parse_devices(arguments)
-    accelerator = arguments.get("accelerator")
-    if isinstance(accelerator, str) and accelerator not in ACCELERATORS:
-        reason = " (it has no float64, in which losses are summed)" if accelerator == "mps" else ""
+    if isinstance(strategy, str):
+        supported = [
+            name
+            for name in ("auto", *StrategyRegistry.available_strategies())
+            if not any(word in name for word in UNSUPPORTED_STRATEGIES)
+        ]
+        check_name("trainer.strategy", strategy, supported, limit=5)
+        return
+    if isinstance(strategy, Mapping):
+        strategy = init_instance_by_config(strategy)
+    if strategy is not None and not isinstance(strategy, Strategy):
         raise ConfigError(
-            f"{unknown_name_message('trainer.accelerator', accelerator, ACCELERATORS)}{reason}"
+            f"trainer.strategy is {strategy!r:.80}; expected the name of a strategy of Lightning, "
+            "such as ddp, or a Strategy or its configuration."
         )
 
 
@@ -311,6 +375,63 @@ def parse_devices(arguments: Mapping[str, Any]) -> int | list[int]:
     )
 
 
+def _check_switches(arguments: Mapping[str, Any]) -> None:
+    for name in SWITCHES:
+        value = arguments.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"trainer.{name} is {value!r}; expected true or false.")
+    if arguments.get("barebones"):
+        raise ConfigError(
+            "trainer.barebones turns off the checkpoints and metrics that select the best weights: "
+            "remove it."
+        )
+    deterministic = arguments.get("deterministic")
+    if deterministic is not None and deterministic not in (True, False, "warn"):
+        raise ConfigError(
+            f"trainer.deterministic is {deterministic!r}; expected true, false or warn."
+        )
+
+
+def _check_objects(arguments: Mapping[str, Any]) -> None:
+    """Check the arguments whose values are objects or their configurations, or text."""
+    for plugin in build_plugins(arguments.get("plugins")):
+        if isinstance(plugin, CheckpointIO | ClusterEnvironment):
+            raise ConfigError(
+                f"trainer.plugins has a {type(plugin).__name__}, but a fit has its own: it "
+                "replaces a checkpoint at once, and starts the processes of its devices. Remove it."
+            )
+    profiler = build_profiler(arguments.get("profiler"))
+    if profiler is not None and not isinstance(profiler, str | Profiler):
+        raise ConfigError(
+            f"trainer.profiler is {profiler!r:.80}; expected its name (simple, advanced, pytorch), "
+            "or a Profiler or its configuration."
+        )
+    max_time = arguments.get("max_time")
+    if max_time is not None and not isinstance(max_time, str | timedelta | Mapping):
+        raise ConfigError(
+            f"trainer.max_time is {max_time!r}; expected DD:HH:MM:SS as text, or a mapping such as "
+            "{hours: 2}."
+        )
+    root = arguments.get("default_root_dir")
+    if root is not None and not isinstance(root, str | PathLike):
+        raise ConfigError(f"trainer.default_root_dir is {root!r}; expected a folder.")
+
+
+def build_plugins(plugins: Any) -> list[Any]:
+    """Return the user's plugins, none, one or several, and build those that are configured."""
+    specs = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+    return [
+        init_instance_by_config(spec) if isinstance(spec, Mapping | str) else spec
+        for spec in specs
+        if spec is not None
+    ]
+
+
+def build_profiler(profiler: Any) -> Any:
+    """Return the user's profiler: a name, an object, or None. A configured one is built."""
+    return init_instance_by_config(profiler) if isinstance(profiler, Mapping) else profiler
+
+
 def _check_numbers(arguments: Mapping[str, Any]) -> None:
     """Check number arguments here because Lightning fails on a string with an empty assertion."""
     for name, types in NUMBER_TYPES.items():
@@ -318,6 +439,9 @@ def _check_numbers(arguments: Mapping[str, Any]) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
             type_name = "a number" if float in types else "an integer"
             raise ConfigError(f"trainer.{name} is {value!r}; expected {type_name}.")
+    for name, minimum in COUNTS.items():
+        if arguments.get(name) is not None:
+            check_count(f"trainer.{name}", arguments[name], minimum=minimum)
     clip = arguments.get("gradient_clip_val")
     if clip is not None and clip < 0:
         raise ConfigError(f"trainer.gradient_clip_val is {clip}; expected at least 0, or null.")
@@ -328,16 +452,18 @@ def _check_numbers(arguments: Mapping[str, Any]) -> None:
 
 def _check_batch_counts(arguments: Mapping[str, Any]) -> None:
     """Check the numbers of batches, most of which Lightning does not see."""
-    for name in BATCH_COUNTS:
-        value, minimum = arguments.get(name), int(name == "val_check_interval")
+    for name, may_be_none in BATCH_COUNTS.items():
+        value, minimum = arguments.get(name), int(not may_be_none)
         if isinstance(value, bool) or (isinstance(value, int) and value < minimum):
             is_valid = False
         else:
-            is_valid = not isinstance(value, float) or 0 <= value <= 1
+            is_positive = may_be_none or not isinstance(value, float) or value > 0
+            is_valid = is_positive and (not isinstance(value, float) or 0 <= value <= 1)
         if not is_valid:
+            part = "from 0.0" if may_be_none else "above 0.0"
             raise ConfigError(
                 f"trainer.{name} is {value!r}; expected a number of batches of at least {minimum} "
-                "(an integer), or a part of them from 0.0 to 1.0."
+                f"(an integer), or a part of them {part} to 1.0."
             )
     interval = arguments.get("check_val_every_n_epoch")
     if interval is not None:
@@ -350,12 +476,6 @@ def _check_batch_counts(arguments: Mapping[str, Any]) -> None:
             f"trainer.fast_dev_run is {fast_dev_run!r}; expected true, false or a number of "
             "batches (an integer)."
         )
-
-
-def check_count(name: str, value: Any, *, minimum: int = 1) -> None:
-    """Raise ConfigError unless a setting is a whole number of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {minimum}.")
 
 
 def reject_callbacks(callbacks: Sequence[Callback], reasons: Mapping[type, str]) -> None:
@@ -569,6 +689,7 @@ def build_trainer(
     is_first_rank = rank_info is None or rank_info.rank == 0
     arguments["logger"] = _trainer_loggers(arguments.get("logger"), logger, is_first_rank)
     arguments["plugins"] = _plugins(arguments.get("plugins"), rank_info)
+    arguments["profiler"] = build_profiler(arguments.get("profiler"))
     user_callbacks = options.callbacks
     if not is_first_rank:
         user_callbacks = [c for c in user_callbacks if not isinstance(c, ProgressBar)]
@@ -600,7 +721,7 @@ def check_arguments(options: TrainerOptions, *, check_device: bool) -> None:
     It is built without the parts that have an effect or belong to one fit, and for one device; with
     `check_device=False` for the CPU, because another machine has the device.
     """
-    parts = ("callbacks", "logger", "plugins", "strategy", "default_root_dir", "num_nodes")
+    parts = ("callbacks", "logger", "strategy", "default_root_dir", "num_nodes")
     arguments = {k: v for k, v in options.arguments.items() if k not in parts}
     if not isinstance(arguments.get("profiler"), str):
         arguments.pop("profiler", None)
@@ -616,7 +737,7 @@ def check_arguments(options: TrainerOptions, *, check_device: bool) -> None:
     if key in _accepted_arguments:
         return
     try:
-        pl.Trainer(**arguments, plugins=_plugins(None, None))
+        pl.Trainer(**{**arguments, "plugins": _plugins(arguments.get("plugins"), None)})
     except LIGHTNING_ERRORS as error:
         raise _rejection(error) from error
     if key is not None:
@@ -633,11 +754,10 @@ def _rejection(error: Exception) -> ConfigError:
 
 
 def _plugins(user_plugins: Any, rank_info: RankInfo | None) -> list[Any]:
-    """Return the user's plugins, none, one or several, and those of a fit."""
-    plugins = list(user_plugins) if isinstance(user_plugins, list | tuple) else [user_plugins]
+    """Return the user's plugins and those of a fit."""
     # Without this, Lightning detects a SLURM job and takes itself for one of its tasks.
     environment = LightningEnvironment() if rank_info is None else RankEnvironment(rank_info)
-    return [*(p for p in plugins if p is not None), AtomicCheckpointIO(), environment]
+    return [*build_plugins(user_plugins), AtomicCheckpointIO(), environment]
 
 
 def _device_arguments(options: TrainerOptions, rank_info: RankInfo | None) -> dict[str, Any]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from qtorch.core.errors import ConfigError, check_name
-from qtorch.core.instantiate import resolve_config
+from qtorch.core.errors import ConfigError, check_count, check_name
+from qtorch.core.instantiate import check_types, get_signature, resolve_config
 from qtorch.model.loop.factories import Spec, build_factory, explain_errors
 from qtorch.model.loop.progress import METRICS, MONITOR_NAMES, get_mode
 
@@ -23,6 +25,8 @@ LENGTH_ARGUMENTS = ("total_steps", "num_training_steps")
 # Texts that stand for a number, as the value of an argument: {"T_max": "total_steps"}.
 LENGTH_NAMES = ("total_steps", "max_epochs", "steps_per_epoch")
 STEP_NAMES = ("total_steps", "steps_per_epoch")  # those that count optimizer steps
+PERIODS = {"step_size", "T_max"}  # arguments of torch's schedulers, which divide by them
+MANY_STEPS = 1_000_000  # stands for the steps of an epoch as long as there are no data
 
 
 @dataclass(frozen=True)
@@ -135,19 +139,97 @@ def complete_plan(plan: SchedulerPlan | None, length: TrainingLength) -> Schedul
     """
     if plan is None:
         return None
+    values = _length_values(plan, length)
+    return replace(plan, factory=_complete_factory(plan.factory, values, values["total_steps"]))
+
+
+def _length_values(plan: SchedulerPlan, length: TrainingLength) -> dict[str, int]:
+    """Return the numbers that `LENGTH_NAMES` stand for."""
     total = length.total_steps if plan.interval == "step" else length.total_epochs
-    values = {
+    return {
         "total_steps": -(-total // plan.frequency) if total != -1 else -1,
         "max_epochs": length.total_epochs,
         "steps_per_epoch": length.steps_per_epoch,
     }
-    return replace(plan, factory=_complete_factory(plan.factory, values))
 
 
-def _complete_factory(factory: Callable[..., Any], values: Mapping[str, int]) -> Any:
+def check_schedule(spec: Any, optimizer: Optimizer | None, max_epochs: int, max_steps: int) -> None:
+    """Raise ConfigError for a schedule that no training of this length can use.
+
+    Schedulers of torch and of this module are built for `optimizer` (None: it is not known) and
+    stepped; of those of others, only the names of the arguments are checked. `max_*` is -1 without
+    a limit. The number of steps in an epoch is not known: a warm-up may still be too long.
+    """
+    plan = scheduler_plan(spec)
+    if plan is None:
+        return
+    _check_required_arguments(plan.factory)
+    if optimizer is None or not _has_known_products(plan.factory):
+        return
+    length = TrainingLength(MANY_STEPS if plan.interval == "step" else 1, max_epochs, max_steps)
+    completed = _complete_factory(plan.factory, _length_values(plan, length), num_steps=None)
+
+    def use(subject: Optimizer) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch misses the steps of the optimizer
+            scheduler = completed(subject)
+            for _ in range(2):
+                metric = (0.0,) if isinstance(scheduler, ReduceLROnPlateau) else ()
+                scheduler.step(*metric)
+
+    named_factory = getattr(plan.factory, "outer", plan.factory)
+    explain_errors(use, "scheduler", named_factory=named_factory)(optimizer)
+
+
+def _check_required_arguments(factory: Any) -> None:
+    """Raise ConfigError for a missing argument, or one of another type in torch's schedulers."""
     if isinstance(factory, SchedulerChain):
-        parts = tuple(_complete_factory(part, values) for part in factory.parts)
-        return explain_errors(replace(factory, parts=parts), "scheduler")
+        for part in factory.parts:
+            _check_required_arguments(part)
+        return
+    product, arguments = _product(factory), _keyword_arguments(factory)
+    name = getattr(product, "__name__", type(product).__name__)
+    if isinstance(product, type) and not hasattr(product, "step"):
+        raise ConfigError(f"the scheduler is a {name}; expected one of torch.optim.lr_scheduler.")
+    signature = get_signature(product)
+    if signature is None:
+        return
+    lengths = dict.fromkeys(_missing_lengths(factory))
+    positional = getattr(factory, "args", ())
+    try:
+        signature.bind(None, *positional, **{**arguments, **lengths})
+    except TypeError as error:
+        text = f"the scheduler {name}: {error}; set it in the scheduler's configuration."
+        raise ConfigError(text) from error
+    if _is_known(product):
+        numbers = {k: v for k, v in arguments.items() if v not in LENGTH_NAMES}
+        check_types(product, numbers)
+        for argument in PERIODS & set(numbers):
+            check_count(f"{argument} of {name}", numbers[argument])
+
+
+def _has_known_products(factory: Any) -> bool:
+    """Whether the code of all schedulers is torch's or qtorch's."""
+    if isinstance(factory, SchedulerChain):
+        return all(map(_has_known_products, (factory.outer, *factory.parts)))
+    return _is_known(_product(factory))
+
+
+def _is_known(product: Any) -> bool:
+    return str(getattr(product, "__module__", "")) in (torch.optim.lr_scheduler.__name__, __name__)
+
+
+def _complete_factory(
+    factory: Callable[..., Any], values: Mapping[str, int], num_steps: int | None
+) -> Any:
+    """Fill in the lengths of `values`; `num_steps` is None as long as they are not the real ones.
+
+    The real ones are in the messages of the factory's errors.
+    """
+    if isinstance(factory, SchedulerChain):
+        parts = tuple(_complete_factory(part, values, num_steps) for part in factory.parts)
+        chain = replace(factory, parts=parts)
+        return chain if num_steps is None else explain_errors(chain, "scheduler")
     arguments = {
         name: values[value]
         for name, value in _keyword_arguments(factory).items()
@@ -158,9 +240,10 @@ def _complete_factory(factory: Callable[..., Any], values: Mapping[str, int]) ->
             "the scheduler needs the number of steps, but the training has no end: set "
             "trainer.max_epochs or trainer.max_steps."
         )
-    if _product(factory) is OneCycleLR:
-        _check_one_cycle({**_keyword_arguments(factory), **arguments}, values["total_steps"])
-    factory = explain_errors(factory, "scheduler")
+    if num_steps is not None:
+        if _product(factory) is OneCycleLR:
+            _check_one_cycle({**_keyword_arguments(factory), **arguments}, num_steps)
+        factory = explain_errors(factory, "scheduler")
     return partial(factory, **arguments) if arguments else factory
 
 
@@ -187,6 +270,19 @@ def check_scheduler(scheduler: Any, plan: SchedulerPlan, *, has_validation: bool
             f"the scheduler monitors {plan.metric!r}, but there is no validation: add a segment "
             "'valid' (and remove limit_val_batches=0), or monitor train_loss."
         )
+
+
+def depends_on_length(plan: SchedulerPlan | None) -> bool:
+    """Whether another length of the training changes the learning rates of its first steps."""
+    return plan is not None and _is_filled_in(plan.factory)
+
+
+def _is_filled_in(factory: Any) -> bool:
+    if isinstance(factory, SchedulerChain):
+        return any(map(_is_filled_in, factory.parts))
+    values = _keyword_arguments(factory).values()
+    names = [v for v in values if isinstance(v, str) and v in LENGTH_NAMES]
+    return bool(names or _missing_lengths(factory))
 
 
 def _counts_steps(factory: Callable[..., Any]) -> bool:
@@ -240,7 +336,9 @@ class WarmupCosine(LambdaLR):
         last_epoch: int = -1,
     ) -> None:
         num_warmup = warmup if isinstance(warmup, int) else round(warmup * total_steps)
-        if not 0 <= num_warmup < total_steps:
+        if num_warmup < 0:
+            raise ValueError(f"warmup is {warmup}; expected at least 0.")
+        if num_warmup >= total_steps:
             raise ValueError(f"warmup is {num_warmup} of {total_steps} steps.")
 
         def factor(step: int) -> float:

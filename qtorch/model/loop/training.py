@@ -70,6 +70,7 @@ from qtorch.model.loop.schedules import (
     SchedulerPlan,
     TrainingLength,
     complete_plan,
+    depends_on_length,
     scheduler_plan,
 )
 from qtorch.model.loop.sharding import gather_weights, is_sharded
@@ -562,9 +563,11 @@ def training_identity(
 ) -> str:
     """Return a hash of what defines a training: network, data, batches, optimizer, seed, start.
 
-    It does not depend on how long the training runs or how progress is displayed.
+    It does not depend on how progress is displayed, nor on how long the training runs, unless the
+    learning rates do.
     """
     options = recipe.trainer
+    is_spread = depends_on_length(scheduler_plan(recipe.scheduler))
     parts = {
         "network": [[k, list(v.shape)] for k, v in network.state_dict().items()],
         "class": type(network).__qualname__,
@@ -580,6 +583,7 @@ def training_identity(
         "precision": str(options.arguments.get("precision")),
         "seed": recipe.seed,
         "start": start,
+        **({"length": options.limits} if is_spread else {}),
         **{
             name: _describe_spec(value)
             for name, value in (

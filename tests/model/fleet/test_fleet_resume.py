@@ -220,3 +220,47 @@ def test_error_of_an_interrupted_member_says_how_to_resume(tmp_path: Path) -> No
     assert len(errors) == 2
     assert "interrupted in epoch 1" in str(errors[0])
     assert Path(errors[0].checkpoint).is_dir()
+
+
+def fit_two_members(folder: Path, epochs: int, **changes: Any) -> list[LightningModel]:
+    models = [
+        make_model(NETWORK, epochs=epochs, seed=seed, checkpoint={"enabled": True}, **changes)
+        for seed in range(2)
+    ]
+    fit_fleet(models, ToyDataset(), recorders=make_recorders(folder)[:2])
+    return models
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ((2, None), (4, None)),  # epochs, patience
+        ((6, 0), (6, 2)),
+        ((2, None), (2, None)),  # whose process was killed after the training
+        ((3, None), (2, None)),
+    ],
+    ids=["more epochs", "more patience", "as long", "shorter"],
+)
+def test_longer_fleet_is_as_if_there_had_been_no_end(tmp_path: Path, short, long) -> None:
+    """A shorter one ends where it is."""
+    options = {"optimizer": {"lr": 0.03}, "monitor": "loss"}
+    shorter = fit_two_members(tmp_path / "run", short[0], early_stop=short[1], **options)
+    longer = fit_two_members(tmp_path / "run", long[0], early_stop=long[1], **options)
+    whole = fit_two_members(tmp_path / "whole", long[0], early_stop=long[1], **options)
+    for k, (model, expected) in enumerate(zip(longer, whole, strict=True)):
+        if short[0] > long[0]:
+            expected = shorter[k]
+        assert same_weights(model_weights(model), model_weights(expected))
+        assert model.evals_result_ == expected.evals_result_
+        assert Path(model.fit_report_["resumed_from"]).name == LAST
+    if short[1] is not None:
+        epochs = [[m.fit_report_["epochs"] for m in models] for models in (shorter, longer)]
+        assert epochs[0] < epochs[1]
+
+
+def test_a_fleet_of_no_epochs_keeps_the_initial_weights(tmp_path: Path) -> None:
+    models = fit_two_members(tmp_path, 0, early_stop=None)
+    for model in models:
+        single = make_model(NETWORK, epochs=0, seed=model.seed, early_stop=None)
+        single.fit(ToyDataset())
+        assert same_weights(model_weights(model), model_weights(single))
