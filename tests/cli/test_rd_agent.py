@@ -78,7 +78,7 @@ def run(folder: Path, *words: str, **variables: str) -> str:
     return process.stdout + process.stderr
 
 
-def run_forked(folder: Path, *words: str, **variables: str) -> str:
+def fork_python(folder: Path, *words: str, **variables: str) -> str:
     """As `run`, in a process that is forked from this one and so has its imports."""
     path = folder / "output.txt"
 
@@ -115,7 +115,7 @@ def run_forked(folder: Path, *words: str, **variables: str) -> str:
 def test_a_template_runs_and_its_newest_run_is_read(folder, workflow, module, variables, network):
     if module:
         (folder / module).rename(folder / "model.py")
-    launch = run_forked if module else run  # one template runs as a user runs it
+    launch = fork_python if module else run  # one template runs as a user runs it
     text = launch(folder, "-m", "qtorch", "run", workflow, **variables)
     assert "are not in the environment" not in text  # the template has defaults for the others
     if network:

@@ -8,6 +8,7 @@ writes the exit code of the program as a line.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -67,6 +68,7 @@ def fork_program(arguments: Sequence[str], output: str, errors: str) -> int:
 
 
 def main() -> None:
+    gc.freeze()  # garbage collections of the programs would look through all modules
     for line in sys.stdin:
         print(fork_program(**json.loads(line)), flush=True)
 

@@ -23,7 +23,7 @@ _compose_mode = Hydra.get_mode
 
 def replace_mode_search() -> None:
     """Let Hydra find its mode by `find_mode`."""
-    Hydra.get_mode = find_mode  # type: ignore[method-assign]  # Hydra has no setting for it
+    Hydra.get_mode = find_mode  # type: ignore[assignment, method-assign]  # Hydra has no setting
 
 
 def find_mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
