@@ -33,6 +33,7 @@ from qtorch.cli.jobs.sweep_command import (
     current_sweep,
 )
 from qtorch.cli.launchers.plugins import register_plugins
+from qtorch.cli.launchers.run_mode import replace_mode_search
 from qtorch.cli.launchers.slurm import requeue_slurm_job
 from qtorch.cli.overrides import expand_home, redact_output, redact_overrides, replace_config_writer
 from qtorch.cli.tables.console import print_table
@@ -44,6 +45,7 @@ _OVERRIDE = re.compile(r"[^-=][^=]*=|~")
 # against the plugins' schemas. The filter is set at import, so that launcher workers get it too.
 warnings.filterwarnings("ignore", message=r".*\n?.*validated against ConfigStore schema")
 replace_config_writer()  # likewise
+replace_mode_search()
 # Hydra composes its help without the root configuration, so the template cannot be chosen there.
 HYDRA_HELP = {"--hydra-help": "hydra/hydra_help=qtorch"}
 

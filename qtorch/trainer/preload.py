@@ -12,6 +12,7 @@ MODULES = (
     "qtorch.tracking.mlflow_store",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.tracking.sqlalchemy_workspace_store",
+    "mlflow.tracing.processor.base_mlflow",
     "mlflow.utils.name_utils",
     "sqlalchemy.dialects.sqlite",
     "qtorch.model.lightning_model",

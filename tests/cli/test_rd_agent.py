@@ -8,6 +8,7 @@ Parquet file of features beside expressions, and a script that reads the newest 
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from forked_process import ForkedProcess, fork_servers_in_place
 
+from qtorch.cli.main import main
 from qtorch.data import QlibSource
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +78,31 @@ def run(folder: Path, *words: str, **variables: str) -> str:
     return process.stdout + process.stderr
 
 
+def fork_python(folder: Path, *words: str, **variables: str) -> str:
+    """As `run`, in a process that is forked from this one and so has its imports."""
+    path = folder / "output.txt"
+
+    def work() -> int:
+        with path.open("w") as file:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+        sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  # to the end
+        sys.stderr = sys.stdout
+        os.chdir(folder)
+        os.environ.update({**variables, "OMP_NUM_THREADS": "1"})
+        sys.path.insert(0, str(folder))
+        fork_servers_in_place()
+        if words[0] == "-m":
+            return main(words[2:])
+        runpy.run_path(words[0], run_name="__main__")
+        return 0
+
+    code = ForkedProcess(work).wait(300)
+    text = path.read_text()
+    assert code == 0, text[-3000:]
+    return text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("workflow", "module", "variables", "network"),
@@ -87,13 +115,14 @@ def run(folder: Path, *words: str, **variables: str) -> str:
 def test_a_template_runs_and_its_newest_run_is_read(folder, workflow, module, variables, network):
     if module:
         (folder / module).rename(folder / "model.py")
-    text = run(folder, "-m", "qtorch", "run", workflow, **variables)
+    launch = fork_python if module else run  # one template runs as a user runs it
+    text = launch(folder, "-m", "qtorch", "run", workflow, **variables)
     assert "are not in the environment" not in text  # the template has defaults for the others
     if network:
         assert network in text
     script = folder / "read_exp_res.py"
     script.write_text(COMPAT + script.read_text())
-    assert "Output has been saved" in run(folder, script.name)
+    assert "Output has been saved" in launch(folder, script.name)
 
     metrics = pd.read_csv(folder / "qlib_res.csv", index_col=0).iloc[:, 0]
     assert set(METRICS) <= set(metrics.index)

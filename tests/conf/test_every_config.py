@@ -110,10 +110,13 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+# Both commands have the same groups (`test_rolling_has_the_config_groups_of_train`).
 @pytest.mark.slow
-@pytest.mark.parametrize("root", ["train", "rolling"])
 @pytest.mark.parametrize("dataset", options("dataset"))
-@pytest.mark.parametrize("debug", [None, *options("debug")])
+@pytest.mark.parametrize(
+    ("root", "debug"),
+    [("rolling", "tiny"), *(("train", debug) for debug in (None, *options("debug")))],
+)
 def test_debug_options_fit_every_dataset_and_handler(debug, dataset, root):
     fixed = [f"dataset={dataset}", *([] if debug == "tiny" else ["data=synthetic_tiny"])]
     fixed += [] if debug is None else [f"debug={debug}"]

@@ -28,6 +28,16 @@ class CommandResult:
         return lines[0]
 
 
+@pytest.fixture(autouse=True)
+def empty_ic_chart(monkeypatch) -> None:
+    """Let runs store an empty picture; tests/record draws the IC chart."""
+    from matplotlib.figure import Figure
+
+    from qtorch.record import signal
+
+    monkeypatch.setattr(signal, "ic_chart", lambda *_: Figure((1, 1)))
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """Change to an empty working folder, which collects everything that the commands write."""

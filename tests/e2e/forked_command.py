@@ -7,13 +7,21 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import IO
 
 import torch
 from forked_process import ForkedProcess, fork_servers_in_place
 
+from qtorch.cli.compose import compose_settings
 from qtorch.cli.main import main
+
+
+@cache
+def prepare_commands() -> None:
+    """Compose a configuration, so that all commands find Hydra's plugins and parsers ready."""
+    compose_settings("train", ["debug=tiny"])
 
 
 class ForkedCommand(ForkedProcess):
@@ -25,6 +33,7 @@ class ForkedCommand(ForkedProcess):
     def __init__(
         self, argv: Sequence[str], folder: Path, environment: dict[str, str], new_session: bool
     ) -> None:
+        prepare_commands()
         self.args = list(argv)
         self._outputs = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
         super().__init__(lambda: self._work(folder, environment), new_session=new_session)

@@ -67,7 +67,7 @@ def imports() -> None:
 
 @pytest.mark.slow
 @parametrize_pages
-def test_page_runs(page, folder, start, quick_pictures, imports, monkeypatch):
+def test_page_runs(page, folder, start, no_pictures, imports, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     (folder / "workflow.yaml").write_text(WORKFLOW)
     with PageRunner(folder, start) as runner:

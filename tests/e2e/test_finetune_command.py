@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,8 @@ from qtorch.core.errors import ArgumentError, DataError
 from qtorch.study import load_network
 from qtorch.tracking.recorder import DEPTH_TAG, FROM_TAG, PARENT_TAG
 from qtorch.trainer import task_train
+
+pytestmark = pytest.mark.xdist_group("finetune")  # the tests share one parent
 
 SPAN = ("dataset.segments.train=[2019-01-01,2019-09-30]",
         "dataset.segments.valid=[2019-10-01,2019-12-31]",
@@ -33,11 +36,26 @@ def run_state(run) -> tuple:
     return run.list_tags(), run.list_params(), run.list_metrics(), artifacts, run.info
 
 
+@pytest.fixture(scope="module")
+def module_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("finetune")
+
+
+@pytest.fixture
+def folder(module_folder, monkeypatch) -> Path:
+    """Change to the folder of all tests, with the parent's run."""
+    monkeypatch.chdir(module_folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    return module_folder
+
+
 @pytest.fixture
 def parent(train, runs):
-    result = train()
-    assert result.code == 0, result.err
-    (run,) = runs()
+    """Return the run that is fine-tuned; the first test trains it."""
+    if not runs("parent"):
+        result = train("experiment_name=parent")
+        assert result.code == 0, result.err
+    (run,) = [r for r in runs("parent") if FROM_TAG not in r.list_tags()]
     return run
 
 
@@ -46,10 +64,10 @@ def finetune(qtorch_cli, parent, runs):
     """Return `finetune(...)`: fine-tune the parent with these options and return the new run."""
 
     def run_finetune(*options: str, run=None):
-        before = {r.id for r in runs()}
+        before = {r.id for r in runs("parent")}
         result = qtorch_cli("finetune", f"run={(run or parent).id}", "log_level=WARNING", *options)
         assert result.code == 0, result.err
-        (new,) = [r for r in runs() if r.id not in before]
+        (new,) = [r for r in runs("parent") if r.id not in before]
         assert new.id in result.out
         return new
 
@@ -160,7 +178,7 @@ def test_incompatible_data_are_reported(parent, qtorch_cli):
 
 
 @pytest.mark.slow
-def test_run_is_exported_by_another_process(parent, qtorch_cli, folder):
+def test_run_is_exported_by_another_process(parent, qtorch_cli, start, folder):
     result = qtorch_cli("export", f"run={parent.id}", "format=safetensors")
     assert result.code == 0, result.err
     path = folder / f"{parent.id}.safetensors"
@@ -170,14 +188,9 @@ def test_run_is_exported_by_another_process(parent, qtorch_cli, folder):
     )
     pytest.importorskip("onnxruntime")
     command = ["export", f"run={parent.id}", "format=onnx", "out=m.onnx", "log=true"]
-    process = subprocess.run(
-        [sys.executable, "-m", "qtorch.cli.main", *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
+    process = start(*command)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     assert sorted(parent.list_artifacts("export")) == ["export/m.onnx", "export/m.onnx.json"]
     metadata = json.loads((folder / "m.onnx.json").read_text())
     assert (metadata["run"], metadata["step_len"]) == (parent.id, 5)
@@ -193,7 +206,8 @@ def test_run_is_exported_by_another_process(parent, qtorch_cli, folder):
     np.testing.assert_allclose(scores, prediction, rtol=1e-5, atol=1e-6)
 
 
-def test_export_reports_wrong_arguments(qtorch_cli):
+def test_export_reports_wrong_arguments(qtorch_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert "Did you mean 'onnx'?" in qtorch_cli("export", "run=x", "format=onxn").error()
     assert "does not exist" in qtorch_cli("export", "run=x", "format=onnx", "out=a/m").error()
     assert "there is no tracking store" in qtorch_cli("export", "run=5", "format=torch").error()
@@ -205,13 +219,14 @@ def test_export_reports_wrong_arguments(qtorch_cli):
 @pytest.mark.slow
 def test_init_from_another_run(train, parent, runs):
     result = train(
+        "experiment_name=gats",
         "model=gats",
         "model.network.hidden_size=8",
         "model.network.num_layers=1",
         f"model.init_from=run:{parent.id}",
     )
     assert result.code == 0, result.err
-    (run,) = [r for r in runs() if r.id != parent.id]
+    (run,) = runs("gats")
     assert run.list_tags()[FROM_TAG] == parent.id
     assert run.list_params()["model.init_from"] == f"run:{parent.id}"
     assert "rnn.weight_ih_l0" in run.load_object("fit_report")["init_from"]["weights"]

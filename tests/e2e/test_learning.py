@@ -26,10 +26,10 @@ def daily_rank_ic(runs, status="FINISHED"):
 def test_default_lstm_finds_half_of_the_planted_signal(qtorch_cli, runs):
     scores, threshold = [], 0.0
     for seed in range(3):
-        # A quarter of an epoch is enough to find the signal; more would only take longer.
+        # A part of an epoch is enough to find the signal; more would only take longer.
         result = qtorch_cli(
-            "train", f"seed={seed}", "trainer.max_epochs=1", "+trainer.limit_train_batches=0.25",
-            "log_level=WARNING",
+            "train", f"seed={seed}", "trainer.max_epochs=1", "+trainer.limit_train_batches=0.15",
+            "segments.valid=0.02", "segments.test=0.21", "log_level=WARNING",
         )  # fmt: skip
         assert result.code == 0, result.err
         daily_ics = daily_rank_ic(runs)
@@ -46,8 +46,9 @@ def test_default_lstm_finds_half_of_the_planted_signal(qtorch_cli, runs):
 
 def test_no_signal_gives_no_rank_ic(qtorch_cli, runs):
     result = qtorch_cli(
-        "train", "data.signal=0", "data.num_instruments=150", "trainer.max_epochs=1",
-        "+trainer.limit_train_batches=0.5", "log_level=WARNING",
+        "train", "data.signal=0", "data.num_instruments=60", "trainer.max_epochs=1",
+        "+trainer.limit_train_batches=0.5", "segments.valid=0.05", "segments.test=0.25",
+        "log_level=WARNING",
     )  # fmt: skip
     assert result.code == 0, result.err
     (ric,) = daily_rank_ic(runs)

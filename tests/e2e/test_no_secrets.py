@@ -160,7 +160,7 @@ def test_no_secret_is_written_or_shown(server, pool_url, commands, tmp_path):
     config_file.write_text(json.dumps({"uri": secret_url("file", server.uri)}))  # also YAML
     environment_uri = secret_url("environment", server.uri)
 
-    commands.run("train", *TINY, f"tracking.uri={argument_uri}", is_forked=False)
+    commands.run("train", *TINY, f"tracking.uri={argument_uri}")
     sweep = ["-m", *TINY, "seed=1,2", "sweep.name=two"]
     sweep += ["tracking=mine", "hydra/launcher=joblib", f"--config-dir={tmp_path / 'conf'}"]
     commands.run("train", *sweep, is_forked=False)

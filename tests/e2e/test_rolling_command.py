@@ -97,11 +97,11 @@ def test_help_lists_the_options(qtorch_cli):
 
 # -- a real study ----------------------------------------------------------------------------------
 
-STEP, WINDOWS = 20, 5
+STEP, WINDOWS = 20, 3
 
 
 def real_task(provider: Path, model: str, cache: Path) -> dict:
-    """Return a task with two years of training on 100 instruments, and 5 windows of 20 days."""
+    """Return a task with two years of training on 100 instruments, and 3 windows of 20 days."""
     source = QlibSource(str(provider))
     days, names = source.calendar(), sorted(source.instruments("nyse500"))[:100]
     ends = [len(days) - 1 - k for k in (WINDOWS * STEP + 360, WINDOWS * STEP + 40, WINDOWS * STEP)]
@@ -134,7 +134,7 @@ def real_task(provider: Path, model: str, cache: Path) -> dict:
 
 @pytest.mark.slow
 def test_real_study_survives_a_killed_worker(start, folder, market_data):
-    """Train 10 windows of LSTM and GRU with two workers; one is killed, and a third one starts."""
+    """Train 6 windows of LSTM and GRU with two workers; one is killed, and a third one starts."""
     provider = market_data / "qlib_nyse500"
     tasks = {name: real_task(provider, name, folder / "features") for name in ("lstm", "gru")}
     options = {"step": STEP, "rtype": "sliding", "cache": str(folder / "features")}

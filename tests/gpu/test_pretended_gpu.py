@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
+
+Program = Callable[..., subprocess.CompletedProcess[str]]
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "gpu.md"
@@ -22,23 +25,39 @@ STEPS = ("train", "valid", "predict")  # stages of single batches
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pretended_gpu")]
 
 
-def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a Python program, in which the device can be pretended before torch is imported."""
+@pytest.fixture(scope="module")
+def run_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """Return `run_program(file, ...)`: run a Python program with a pretended device to its end.
+
+    It is forked from a process in which the device was pretended before torch was imported.
+    """
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the library of the pretended GPU")
     if torch.version.cuda is not None:
         pytest.skip("this build of torch has CUDA: run the tests marked gpu on a real one")
     folders = [str(ROOT), str(ROOT / "tests" / "gpu"), os.environ.get("PYTHONPATH")]
     path = os.pathsep.join(filter(None, folders))
-    environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=1800, check=False,
+    server = subprocess.Popen(
+        [sys.executable, "tests/gpu/program_server.py"], cwd=ROOT, text=True,
+        env={**os.environ, "PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        folder = tmp_path_factory.mktemp("program")
+        output, errors = folder / "output", folder / "errors"
+        request = {"arguments": arguments, "output": str(output), "errors": str(errors)}
+        print(json.dumps(request), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(arguments, code, output.read_text(), errors.read_text())
+
+    yield run
+    server.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def report(tmp_path_factory: pytest.TempPathFactory, run_program: Program) -> dict[str, Any]:
     """The stages of every network's training and prediction, by one process."""
     path = tmp_path_factory.mktemp("gpu") / "report.json"
     process = run_program("tests/gpu/network_stages.py", str(path))
@@ -112,7 +131,7 @@ def test_no_network_adds_in_an_order_that_the_device_chooses(report: dict[str, A
     assert not any(sums.values()), sums
 
 
-def test_recurrent_networks_train_in_mixed_precision(tmp_path: Path) -> None:
+def test_recurrent_networks_train_in_mixed_precision(tmp_path: Path, run_program: Program) -> None:
     """Their layers get inputs, states and weights of one dtype."""
     path, names = tmp_path / "errors.json", ["add", "adarnn", "gru", "lstm", "tcts"]
     process = run_program("tests/gpu/mixed_precision.py", str(path), *names)
@@ -121,7 +140,7 @@ def test_recurrent_networks_train_in_mixed_precision(tmp_path: Path) -> None:
     assert errors == dict.fromkeys(names), "\n".join(filter(None, errors.values()))
 
 
-def test_the_same_fit_twice_is_bit_identical(tmp_path: Path) -> None:
+def test_the_same_fit_twice_is_bit_identical(tmp_path: Path, run_program: Program) -> None:
     """Also without trainer.deterministic; and a network that adds atomically is found."""
     path = tmp_path / "differences.json"
     process = run_program("tests/gpu/same_fit_twice.py", str(path), "sums", "igmtf", "gru")
@@ -131,7 +150,7 @@ def test_the_same_fit_twice_is_bit_identical(tmp_path: Path) -> None:
     assert not any(d for parts in differences.values() for d in parts.values()), differences
 
 
-def test_features_start_few_kernels_and_wait_only_for_their_copy() -> None:
+def test_features_start_few_kernels_and_wait_only_for_their_copy(run_program: Program) -> None:
     """However many instruments a block has."""
     process = run_program("tests/gpu/feature_launches.py")
     assert process.returncode == 0, process.stderr[-3000:]
@@ -145,7 +164,9 @@ def test_features_start_few_kernels_and_wait_only_for_their_copy() -> None:
     assert 0.9 * limit <= counts["kernels"] <= 1.02 * limit + 3
 
 
-def test_a_fleet_waits_for_nothing_and_its_launches_do_not_grow_with_members() -> None:
+def test_a_fleet_waits_for_nothing_and_its_launches_do_not_grow_with_members(
+    run_program: Program,
+) -> None:
     process = run_program("tests/gpu/fleet_launches.py")
     assert process.returncode == 0, process.stderr[-3000:]
     report = json.loads(process.stdout)
@@ -156,7 +177,7 @@ def test_a_fleet_waits_for_nothing_and_its_launches_do_not_grow_with_members() -
     assert all(0 <= d < 1e-5 for d in report["differences"].values()), report["differences"]
 
 
-def test_a_stream_that_does_not_wait_for_another_is_noticed() -> None:
+def test_a_stream_that_does_not_wait_for_another_is_noticed(run_program: Program) -> None:
     process = run_program("tests/gpu/stream_order.py")
     assert process.returncode == 0, process.stderr[-3000:]
     assert "another one may not have written" in process.stdout
@@ -173,7 +194,9 @@ GPU_TESTS = [
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[ElementTree.Element]]:
+def results(
+    tmp_path_factory: pytest.TempPathFactory, run_program: Program
+) -> dict[str, list[ElementTree.Element]]:
     """The results of the tests marked gpu on the pretended device, by file."""
     path = tmp_path_factory.mktemp("gpu") / "results.xml"
     process = run_program(

@@ -45,7 +45,7 @@ def network(name: str) -> dict[str, Any]:
 def members(name: str = "LSTM", **changes: Any) -> list[LightningModel]:
     """Return models with two seeds and two learning rates."""
     order = {"order": "day", "days_per_batch": 2} if name in DAY_NETWORKS else {"size": 64}
-    options = {"network": network(name), "batch": order, "epochs": 5, **changes}
+    options = {"network": network(name), "batch": order, "epochs": 3, **changes}
     optimizer, rate = {}, 1e-2
     if name in WITH_IDLE_PARAMETERS:
         optimizer, rate = {"_target_": "torch.optim.SGD"}, 3e-3
@@ -87,7 +87,7 @@ QUICK_NETWORKS = ("MLP",)
 )
 def test_members_equal_their_fits_alone(name: str) -> None:
     dataset = ToyDataset()
-    fleet, single = (members(name, epochs=13)[1:3] for _ in range(2))
+    fleet, single = (members(name, epochs=4)[1:3] for _ in range(2))
     fit_fleet(fleet, dataset)
     assert_equal_fits(fleet, fit_each(single, dataset))
     assert all(m.fit_report_["fleet_members"] == 2 for m in fleet)
@@ -134,7 +134,7 @@ def test_optimizers_equal_those_of_torch(name: str) -> None:
     dataset = ToyDataset()
     models = [
         [
-            make_model(network("GRU"), seed=seed, optimizer=OPTIMIZERS[name], epochs=4)
+            make_model(network("GRU"), seed=seed, optimizer=OPTIMIZERS[name], epochs=2)
             for seed in (1, 2)
         ]
         for _ in range(2)
@@ -302,7 +302,7 @@ def test_members_may_have_their_own_weights_of_samples() -> None:
 @pytest.mark.slow
 def test_a_free_place_is_taken_by_the_next_model() -> None:
     dataset = ToyDataset()
-    fleet, single = members(early_stop=1), members(early_stop=1)
+    fleet, single = (members(epochs=5, early_stop=1) for _ in range(2))
     order: list[int] = []
     fit_fleet(fleet, dataset, max_members=2, on_fitted=order.append)
     assert_equal_fits(fleet, fit_each(single, dataset))
