@@ -129,8 +129,6 @@ def test_overlapping_segments(train, runs):
 def corrupt(bars: pd.DataFrame, fault: str) -> pd.DataFrame:
     if fault == "duplicate row":
         return pd.concat([bars, bars.tail(1)])
-    if fault == "unsorted":
-        return bars.iloc[::-1]
     if fault == "time zone":
         return bars.assign(datetime=bars["datetime"].dt.tz_localize("America/New_York"))
     if fault == "not numeric":
@@ -144,7 +142,6 @@ def corrupt(bars: pd.DataFrame, fault: str) -> pd.DataFrame:
 
 TABLE_FAULTS = {
     "duplicate row": "duplicate",
-    "unsorted": "unsorted",
     "time zone": "America/New_York",
     "not numeric": "close",
     "infinite": "infinite values in the bars: close (1), first I2 on 2019-08-05. Fix the data, "

@@ -31,7 +31,6 @@ from qtorch.data.source.qlib import ANY_FREQUENCY, QlibSource
 
 logger = logging.getLogger(__name__)
 
-PRICES = ("open", "high", "low", "close", "vwap")
 # A close may be outside low..high by rounding, or in a few damaged bars.
 TOLERANCE = 1e-4
 MIXED_SHARE = 0.05
@@ -188,29 +187,11 @@ def read_bar_frame(frame: Any, options: ReadOptions) -> Panel:
         if text := describe_names(fields):
             logger.info("columns read under their usual names: %s", text)
     panel = Panel.from_frame(frame)
-    warn_of_prices(panel, "the frame")
+    warn_mixed_prices(panel, "the frame")
     return panel
 
 
-def warn_of_prices(panel: Panel, location: str) -> None:
-    """Warn of infinite prices and of many closes outside low..high."""
-    for field in PRICES:
-        places = panel.column(field).isinf().nonzero() if field in panel.fields else ()
-        if len(places):
-            day, number = places[0].tolist()
-            logger.warning(
-                "%s: %d infinite values of %r, the first of %s on %s; a missing price is an empty "
-                "cell, or NaN in a frame.",
-                location,
-                len(places),
-                field,
-                panel.instruments[number],
-                f"{panel.calendar[day]:%Y-%m-%d}",
-            )
-    _warn_mixed_prices(panel, location)
-
-
-def _warn_mixed_prices(panel: Panel, location: str) -> None:
+def warn_mixed_prices(panel: Panel, location: str) -> None:
     """Warn if many closes are outside low..high, as adjusted closes beside raw prices are."""
     if not {"low", "high", "close"} <= set(panel.fields):
         return

@@ -40,15 +40,16 @@ from qtorch.data.panel.panel import NAMES, Panel, duplicate_names, non_numeric_c
 from qtorch.data.panel.spans import read_spans
 from qtorch.data.source.base import Membership
 from qtorch.data.source.frame import (
-    PRICES,
     Memberships,
     PanelSource,
     Universes,
     span_membership,
-    warn_of_prices,
+    warn_mixed_prices,
 )
 
 logger = logging.getLogger(__name__)
+
+PRICES = ("open", "high", "low", "close", "vwap")
 
 AUTO, LONG, PER_INSTRUMENT, WIDE = LAYOUTS = ("auto", "long", "per_instrument", "wide")
 DATETIME, INSTRUMENT = NAMES
@@ -137,7 +138,7 @@ class TableSource(PanelSource):
                 raise DataError(f"{self._root}: {error}") from error
             logger.info("read %s from %s", self._panel, self._root)
             if not self._is_mixture:
-                warn_of_prices(self._panel, str(self._root))
+                warn_mixed_prices(self._panel, str(self._root))
         return self._panel
 
     def memberships(self) -> Mapping[str, Membership]:
@@ -495,13 +496,14 @@ def _concat_frames(frames: list[pd.DataFrame]) -> pd.DataFrame:
     if not non_empty:
         raise DataError("the table has no rows.")
     bars = pd.concat(non_empty) if len(non_empty) > 1 else non_empty[0]
-    dates, instruments = (bars.index.get_level_values(level) for level in (0, 1))
+    dates = bars.index.get_level_values(0)
     if dates.is_monotonic_increasing:
         return bars
-    codes = pd.factorize(instruments)[0]
+    times = dates.to_numpy().astype(np.int64)
+    codes = pd.factorize(bars.index.get_level_values(1))[0]
     order = np.argsort(codes, kind="stable")
-    steps = np.diff(dates.asi8[order])[np.diff(codes[order]) == 0]
-    return bars.iloc[np.argsort(dates.asi8, kind="stable")] if (steps < 0).any() else bars
+    steps = np.diff(times[order])[np.diff(codes[order]) == 0]
+    return bars.iloc[np.argsort(times, kind="stable")] if (steps < 0).any() else bars
 
 
 def _require_column(column: str, table: pd.DataFrame, file: Path) -> str:

@@ -184,15 +184,6 @@ def test_wide_rows_may_be_in_any_order_but_not_twice(tmp_path):
         TableSource(tmp_path, layout="wide").load()
 
 
-@pytest.mark.parametrize("value", [np.inf, -np.inf])
-def test_infinite_prices_are_named(tmp_path, long_frame, value, caplog):
-    damaged = long_frame.copy()
-    damaged.loc[damaged.index[7], "close"] = value
-    with caplog.at_level("WARNING", logger="qtorch"):
-        load_table(tmp_path, damaged)
-    assert "1 infinite values of 'close', the first of " in caplog.text
-
-
 def test_several_columns_of_one_name_raise(tmp_path):
     path = tmp_path / "bars.csv"
     path.write_text("date,symbol,close, close\n2020-01-02,A,1,2\n")
