@@ -8,11 +8,19 @@ import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from qtorch.cli.compose import config_path
 from qtorch.cli.launchers import run_mode
 from qtorch.cli.launchers.run_mode import find_mode, replace_mode_search
+
+
+@pytest.fixture(autouse=True)
+def _cleared_hydra():
+    """Leave no Hydra behind, beside which later tests in this process could not start one."""
+    yield
+    GlobalHydra.instance().clear()
 
 
 @pytest.fixture
