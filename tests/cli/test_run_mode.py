@@ -17,7 +17,7 @@ from qtorch.cli.launchers.run_mode import find_mode, replace_mode_search
 
 
 @pytest.fixture(autouse=True)
-def _cleared_hydra():
+def _clear_hydra():
     """Leave no Hydra behind, beside which later tests in this process could not start one."""
     yield
     GlobalHydra.instance().clear()
