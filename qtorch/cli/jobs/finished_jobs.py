@@ -61,7 +61,7 @@ def skip_finished_jobs(
                 job_return = _skip_job(job, number, str(sweep.recorder.id), calendars)
             except QtorchError as error:
                 log.warning(
-                    "job %d is submitted, because whether it is finished cannot be told: %s",
+                    "job %d is submitted, because the check of whether it is finished failed: %s",
                     number,
                     error,
                 )
