@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ usage: qtorch rolling [GROUP=OPTION ...] [KEY=VALUE ...] [--config-dir DIR]
   cache       cache the features of all windows on disk: true, a folder, or false
   runner      local; fleet: all windows at once; rm: through a task pool (pool=NAME url=...
               wait_only=true)
+  resume      true: an equal study that did not finish goes on, without the windows that it has
+              trained; false: all windows are trained anew
 
   qtorch rolling model=gru step=20 horizon=5
   qtorch rolling data=qlib data.provider_uri=~/qlib_data universe=nyse500 runner=rm pool=gru
@@ -36,14 +39,28 @@ The groups (data, handler, dataset, model, trainer, record, ...) are those of `q
 windows move through the test segment of `segments`.
 """
 
+HINT = (
+    "interrupted: windows that have finished are kept, the others resume from their "
+    "checkpoints. Continue with the same command."
+)
+
 
 def main(argv: Sequence[str]) -> int:
     """Compose the task, run the rolling study and print the results."""
     settings = compose_settings("rolling", argv)
+    if not isinstance(settings["resume"], bool):
+        raise ConfigError(
+            f"resume={settings['resume']}: expected true (continue an equal study that did not "
+            "finish) or false."
+        )
     configure_process(settings["log_level"], (settings["tracking"] or {}).get("uri"))
     start = time.perf_counter()
     with handle_stop_signals():
-        result = _run_study(settings)
+        try:
+            result = _run_study(settings)
+        except (KeyboardInterrupt, SystemExit):
+            print(HINT, file=sys.stderr)
+            raise
     _print_result(result, time.perf_counter() - start)
     return 0
 
@@ -61,6 +78,7 @@ def _run_study(settings: dict[str, Any]) -> RollingResult:
         trunc_days=settings["trunc_days"],
         warm_start=settings["warm_start"],
         cache=settings["cache"],
+        resume=settings["resume"],
         experiment_name=settings["experiment_name"],
         recorder_name=settings["run_name"] or f"rolling {model_name(settings['task'])}",
     )

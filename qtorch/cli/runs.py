@@ -129,6 +129,10 @@ def _print_rows(
 
 def resume_command(row: RunRow) -> str:
     """Return what resumes a run: a command, that of its sweep if it is a job of one, or a call."""
+    from qtorch.study.rolling_resume import STUDY_TAG, WINDOW_TAG
+
+    if STUDY_TAG in row.tags or WINDOW_TAG in row.tags:
+        return "repeat the command of its rolling study, which keeps the windows that have finished"
     job_tag = next((t for t in row.tags if t.startswith(JOB_TAG)), None)
     if SWEEP_TAG in row.tags or job_tag is not None:
         return f"qtorch sweep resume {row.id if job_tag is None else job_tag.removeprefix(JOB_TAG)}"

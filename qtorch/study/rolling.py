@@ -16,10 +16,21 @@ from qtorch.core.errors import ConfigError, QtorchError, unknown_name_message
 from qtorch.core.instantiate import flatten_dict, init_instance_by_config
 from qtorch.core.plain import resolve_config
 from qtorch.core.qlib.translation import translate_task
+from qtorch.core.session import session
 from qtorch.metrics.signal import calc_ic
 from qtorch.model.base import BaseModel
 from qtorch.record.signal import SignalRecord, finite_metrics, ic_figures
 from qtorch.study.collect import RollingEnsemble
+from qtorch.study.rolling_resume import (
+    SPAN_TAG,
+    STUDY_TAG,
+    TEST,
+    WINDOW_TAG,
+    find_interrupted_study,
+    identify_study,
+    keeps_windows,
+    window_options,
+)
 from qtorch.task.rolling import (
     RollingGen,
     config_arguments,
@@ -32,20 +43,19 @@ from qtorch.task.rolling import (
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import PARENT_TAG, Recorder
 from qtorch.trainer.checks import check_task, record_class, record_list
-from qtorch.trainer.failure import get_error, record_failure
+from qtorch.trainer.failure import get_error
 from qtorch.trainer.run import (
     complete_task,
     loggable_task,
     make_records,
+    open_run,
 )
 from qtorch.trainer.trainers import Trainer, TrainerR
 
 log = logging.getLogger(__name__)
 
 WARM_START = "qtorch.study.warm_start.WarmStart"
-TEST = "test"
 SIGNAL_RECORD = "SignalRecord"
-WINDOW_TAG, SPAN_TAG = "rolling.window", "rolling.test"
 
 
 class StudyError(QtorchError, RuntimeError):
@@ -81,6 +91,7 @@ def rolling_study(
     calendar: Sequence[Any] | None = None,
     experiment_name: str | None = None,
     recorder_name: str = "rolling",
+    resume: bool = True,
 ) -> RollingResult:
     """Roll a task through its test segment and evaluate the stitched signal in a run of its own.
 
@@ -98,12 +109,19 @@ def rolling_study(
     `pred.pkl`, `label.pkl`, `task` and `rolling` (the list of windows), and each window's IC as
     the metric `window.IC`. Raises StudyError if windows failed; their runs, and the study's run,
     store the reason.
+
+    `resume`: an equal study of the experiment that did not finish (its process was stopped or
+    killed, or a window failed) goes on in its run. Its finished windows are used if data and code
+    are unchanged, the others resume from their checkpoints. This needs a task pool, or TrainerR or
+    FleetTrainer with their own training function, and a task without live objects; otherwise, and
+    after a study that finished, a new study starts.
     """
     task = translate_task(resolve_config(task))
     if horizon is not None:
         _with_horizon(task, horizon)  # a wrong one is said before anything else
     # The stitched signal stands for the scores of a SignalRecord.
     check_task({**task, "record": _add_signal_record(task.get("record"))}, check_device=False)
+    given_seed = session().seed if task.get("seed") is None else task["seed"]
     base = complete_task(task)
     tasks = rolling_tasks(
         base,
@@ -118,16 +136,20 @@ def rolling_study(
     trainer = trainer or TrainerR(experiment_name)
     name = experiment_name or getattr(trainer, "experiment_name", None)
     options = {"step": step, "rtype": rtype, "horizon": horizon, "warm_start": warm_start}
-    with R.start(experiment_name=name, recorder_name=recorder_name):
-        parent = R.get_recorder()
-        try:
-            _log_study(parent, base, tasks, options)
-            windows = _train_windows(trainer, tasks, parent, warm_start)
-            _save_window_list(parent, tasks, windows)
-            return _stitch_windows(base, parent, tasks, windows)
-        except Exception as error:
-            record_failure(parent, error)
-            raise
+    study_id = identify_study(base, tasks, options, given_seed) if keeps_windows(trainer) else None
+    earlier_run = find_interrupted_study(study_id, name) if resume and study_id else None
+    if earlier_run is not None:  # its windows have its seed
+        seed = int(earlier_run.list_params()["seed"])
+        base, tasks = {**base, "seed": seed}, [{**task, "seed": seed} for task in tasks]
+    with open_run(earlier_run, name, recorder_name) as parent:
+        _log_study(parent, base, tasks, options)
+        train_options: dict[str, Any] = {}
+        if study_id is not None:
+            parent.set_tags(**{STUDY_TAG: study_id})
+            train_options = window_options(trainer, str(parent.id), tasks)
+        windows = _train_windows(trainer, tasks, parent, warm_start, train_options)
+        _save_window_list(parent, tasks, windows)
+        return _stitch_windows(base, parent, tasks, windows)
 
 
 def _log_study(
@@ -153,6 +175,7 @@ def _train_windows(
     tasks: Sequence[dict[str, Any]],
     parent: Recorder,
     warm_start: bool | Mapping[str, Any],
+    train_options: Mapping[str, Any],
 ) -> list[Recorder]:
     """Train all windows at once; or, with a warm start, each from the weights of the one before.
 
@@ -166,7 +189,7 @@ def _train_windows(
         if is_warm and windows:
             batch = [_with_warm_start(batch[0], windows[-1], options)]
         first = len(windows)
-        recorders = trainer.train(batch)
+        recorders = trainer.train(batch, **train_options)
         for number, (recorder, task) in enumerate(zip(recorders, batch, strict=True), first):
             _tag_window(recorder, parent, number, task)
         # Load the runs again: another process may have trained them and set their status.

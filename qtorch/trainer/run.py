@@ -112,7 +112,7 @@ def task_train(
             announce_run(earlier_run)
             return earlier_run
         recorder_name = recorder_name or tracking.get("recorder_name")
-        with _open_run(earlier_run, name, recorder_name) as recorder:
+        with open_run(earlier_run, name, recorder_name) as recorder:
             _log_task(recorder, complete)
             _execute(recorder, complete, on_fitted=on_fitted, is_checked=check_first)
     return recorder
@@ -176,7 +176,7 @@ def end_task_train(
         if run is not None and earlier_run.status == Recorder.STATUS_FI:
             announce_run(earlier_run)
             return earlier_run
-        with _open_run(rec) as recorder:
+        with open_run(rec) as recorder:
             task = _begun_tasks.pop(rec.id, None) or complete_task(recorder.load_object(TASK))
             _execute(recorder, task)
     return recorder
@@ -219,7 +219,7 @@ def reuse_trained_run(
     """
     complete = complete_task(task)
     model, dataset = (trained_run.load_object(n) for n in ("params.pkl", "dataset"))
-    with _open_run(_earlier_run(run), experiment_name, recorder_name) as recorder:
+    with open_run(_earlier_run(run), experiment_name, recorder_name) as recorder:
         _log_task(recorder, complete)
         with session_context(seed=complete["seed"]):
             seed_everything(complete["seed"])
@@ -238,7 +238,7 @@ def reuse_trained_run(
 
 
 @contextmanager
-def _open_run(
+def open_run(
     earlier_run: Recorder | None,
     experiment_name: str | None = None,
     recorder_name: str | None = None,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from test_pool_training import E2E_FOLDER, training_condition, wait_until
+from training_runs import metric_points, wait_for_epoch
 
 from qtorch import R
 from qtorch.cli.compose import compose_settings
 from qtorch.data.source.qlib import QlibSource
+from qtorch.model.loop.module import ScoreModule
 from qtorch.study import rolling_study
 from qtorch.task import TaskManager
 from qtorch.tracking.recorder import PARENT_TAG
@@ -93,6 +97,55 @@ def test_help_lists_the_options(qtorch_cli):
     result = qtorch_cli("rolling", "--help")
     assert result.code == 0
     assert all(word in result.out for word in ("step", "rtype", "horizon", "warm_start", "runner"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+def test_interrupted_study_continues_with_the_same_command(
+    start, qtorch_cli, runs, folder, number, monkeypatch
+):
+    second_epochs, real = [], ScoreModule.on_train_epoch_start
+
+    def start_epoch(module):
+        second_epochs.extend([module] * (module.current_epoch == 1))
+        while len(second_epochs) == 2 and not (folder / "signal-sent").exists():
+            time.sleep(0.02)
+        real(module)
+
+    monkeypatch.setattr(ScoreModule, "on_train_epoch_start", start_epoch)
+    command = ("rolling", *TINY, "step=70", "trainer.max_epochs=3", "callbacks=no_stop")
+    command += ("model.checkpoint.every_n_steps=2", "model.network.dropout=0.2", "cache=false")
+    child = start(*command)
+    window = wait_for_epoch(
+        lambda: [r for r in runs() if r.list_tags().get("rolling.window") == "1"], child
+    )
+    child.send_signal(number)
+    (folder / "signal-sent").touch()
+    _, err = child.communicate(timeout=60)
+    interrupted_study, (first, second) = parent_and_windows()
+    assert (first.status, second.id) == ("FINISHED", window.id)
+    if number == signal.SIGKILL:
+        assert "repeat the command of its rolling study" in qtorch_cli("runs").out
+    else:
+        assert "Continue with the same command" in err
+        assert interrupted_study.status == second.status == "KILLED"
+
+    result = qtorch_cli(*command)
+    assert result.code == 0, result.err
+    study, windows = parent_and_windows()
+    assert study.id == interrupted_study.id
+    assert [r.id for r in windows] == [first.id, second.id]
+    assert windows[1].load_object("fit_report")["resumed_from"] is not None
+    assert windows[0].end_time == first.end_time
+
+    assert qtorch_cli(*command, "experiment_name=undisturbed").code == 0
+    undisturbed_study, undisturbed_windows = parent_and_windows("undisturbed")
+    database = folder / "mlruns" / "mlflow.db"
+    for run, other in zip(
+        (study, *windows), (undisturbed_study, *undisturbed_windows), strict=True
+    ):
+        assert metric_points(database, run.id) == metric_points(database, other.id)
+    assert "expected true" in qtorch_cli("rolling", *TINY, "resume=3").error()
 
 
 # -- a real study ----------------------------------------------------------------------------------
