@@ -9,7 +9,7 @@ from qtorch import R
 from qtorch.model.lightning_model import LightningModel
 from qtorch.study import StudyError, WarmStart, rolling_study
 from qtorch.tracking.recorder import PARENT_TAG
-from qtorch.trainer import DelayTrainerR, FleetTrainer, TrainerR
+from qtorch.trainer import DelayTrainerR, FleetTrainer, TrainerR, TrainerRM
 
 pytestmark = pytest.mark.slow
 
@@ -109,6 +109,20 @@ def test_fleet_continues_a_study(store, make_task, fits):
     assert len(list_runs()[0]) == 1
     reference = rolling_study(make_task(), FleetTrainer("other"), cache=False)
     pd.testing.assert_frame_equal(result.prediction, reference.prediction)
+
+
+def test_study_of_a_task_pool_goes_on_in_its_run(store, make_task, fits):
+    fits.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run_study(make_task(), TrainerRM("study", "windows"))
+    fits.error = None
+    result = run_study(make_task(), TrainerRM("study", "windows"))
+    assert len(fits) == 4
+    (study,), windows = list_runs()
+    assert (study.id, study.status) == (result.recorder.id, "FINISHED")
+    assert {r.id for r in result.windows} == {r.id for r in windows}
+    reference = rolling_study(make_task(), cache=False)
+    pd.testing.assert_frame_equal(result.prediction, reference.prediction, check_exact=True)
 
 
 def test_random_seed_of_the_interrupted_study_is_kept(store, make_task, fits):
