@@ -111,6 +111,34 @@ class LabeledLoss(BaseLoss):
         """Return `(sum of weight x loss, sum of weight)`."""
 
 
+class FunctionLoss(LabeledLoss):
+    """A loss of a user's own: a function or a module `(score, target, weight, mask) -> mean`.
+
+    It takes `weight`, `mask` or both as keywords; they have the shape of the score. `weight` is 0,
+    and `mask` False, where an element has no label, whose score and target are 0. A loss that takes
+    no `weight` cannot be used with a reweighter: ConfigError. The mean of a batch without labels
+    must be finite.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], keywords: Sequence[str]) -> None:
+        super().__init__()
+        self.function, self.keywords = function, tuple(keywords)
+
+    def compute_sums(self, labeled: LabeledScores) -> tuple[Tensor, Tensor]:
+        if labeled.weight is not None and "weight" not in self.keywords:
+            name = getattr(self.function, "__name__", type(self.function).__name__)
+            raise ConfigError(
+                f"the samples have weights, but the loss {name} takes none: give it an argument "
+                "`weight` (0 where a label is missing), or remove the reweighter."
+            )
+        values = {"weight": labeled.weights, "mask": labeled.valid}
+        chosen_values = {name: values[name] for name in self.keywords}
+        weight_sum = labeled.weights.sum()
+        return self.function(
+            labeled.score, labeled.target, **chosen_values
+        ) * weight_sum, weight_sum
+
+
 class Loss(LabeledLoss):
     """Weighted mean of an element-wise loss over the elements that have a label.
 
@@ -512,8 +540,9 @@ def _add_scaled_mean(
     count: Tensor | int,
 ) -> Tensor:
     """Return `result + share * count * total / weight_sum`; `result` None is zero."""
-    is_count = weight_sum is count or (isinstance(count, int) and weight_sum == count)
-    if not is_count:
+    are_numbers = isinstance(count, int) and isinstance(weight_sum, int)
+    is_count = weight_sum is count or (are_numbers and weight_sum == count)
+    if not is_count:  # comparing tensors would wait for the GPU
         total = mean_from_sums(total, torch.as_tensor(weight_sum))
         if result is not None and isinstance(count, Tensor):
             return torch.addcmul(result, total, count.to(total.dtype), value=share)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from qtorch.core.errors import DataError
+from qtorch.core.errors import ConfigError, DataError
+from qtorch.core.identity import canonical_json
 from qtorch.core.runtime import seed_everything
 from qtorch.data.dataset.batches import BatchLoader
 from qtorch.data.dataset.samples import Samples
-from qtorch.metrics.loss import BaseLoss
+from qtorch.metrics.loss import BaseLoss, FunctionLoss
 from qtorch.model.fleet.optimizers import STACKED, STEPS
 from qtorch.model.fleet.stack import Layout
 from qtorch.model.loop.checkpoint import preserve_generators
@@ -134,12 +135,18 @@ def _architecture_key(
 def _loss_key(spec: Any) -> Any:
     """Return what the losses of all members must have in common: all but their numbers.
 
-    A loss that reads the score from several outputs, or that is a plain function, must be equal.
+    A loss that reads the score from several outputs, or that is a user's own function or module,
+    must be equal: the same configuration or the same object.
     """
     loss = build_loss(spec)
-    if not isinstance(loss, BaseLoss) or type(loss).readout is not BaseLoss.readout:
-        return repr(spec)
-    return tuple(type(part) for part in loss.modules())
+    if isinstance(loss, BaseLoss) and type(loss).readout is BaseLoss.readout:
+        kinds = tuple(type(part) for part in loss.modules())
+        if FunctionLoss not in kinds:
+            return kinds
+    try:
+        return canonical_json(spec)
+    except ConfigError:  # it contains an object
+        return id(spec)
 
 
 def _plain_attributes(network: nn.Module) -> dict[str, Any]:

@@ -12,9 +12,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from qtorch.core.errors import ConfigError, check_name, unknown_name_message
-from qtorch.core.instantiate import get_callable_kwargs, init_instance_by_config, resolve_config
+from qtorch.core.instantiate import (
+    get_callable_kwargs,
+    get_signature,
+    init_instance_by_config,
+    resolve_config,
+)
 from qtorch.core.trust import NAME_KEYS
-from qtorch.metrics.loss import LOSSES, BaseLoss, Combined
+from qtorch.metrics.loss import LOSSES, BaseLoss, Combined, FunctionLoss
 
 Spec = str | Mapping[str, Any] | Callable[..., Any]  # a name, a configuration, or the object
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -26,7 +31,8 @@ TARGET_KEYS = set(NAME_KEYS)  # one of them names what a configuration builds
 def build_loss(spec: Spec) -> Callable[..., Any]:
     """Build a loss from `spec`.
 
-    `spec` is a name in `LOSSES`, a configuration, a callable (score, target) -> scalar, or a
+    `spec` is a name in `LOSSES`, a configuration, a callable (score, target) -> scalar, which may
+    take `weight` and `mask` too (`metrics.loss.FunctionLoss`), a class of such callables, or a
     mapping {name: weight} for the weighted sum of several losses.
     """
     if isinstance(spec, str) and "." not in spec:
@@ -35,9 +41,33 @@ def build_loss(spec: Spec) -> Callable[..., Any]:
     if isinstance(spec, Mapping) and not TARGET_KEYS & set(spec):
         return _build_combined_loss(spec)
     loss = init_instance_by_config(spec) if isinstance(spec, str | Mapping) else spec
+    if isinstance(loss, type):
+        loss = init_instance_by_config({"class": loss})
+    if isinstance(loss, BaseLoss):
+        return loss
     if not callable(loss):
         raise ConfigError(f"the loss is a {type(loss).__name__}, which is not callable.")
-    return loss
+    return _build_function_loss(loss)
+
+
+def _build_function_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Check how a user's own loss is called, and make one with `weight` or `mask` a BaseLoss."""
+    signature = get_signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    if signature is None:
+        return loss
+    is_of_torch = str(getattr(loss, "__module__", "")).startswith("torch.")  # `weight` of classes
+    names = () if is_of_torch else ("weight", "mask")
+    keywords = [name for name in names if name in signature.parameters]
+    try:
+        signature.bind("score", "target", **dict.fromkeys(keywords))
+    except TypeError as error:
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise ConfigError(
+            f"the loss {name}{signature} cannot be called with (score, target): {error}. A loss "
+            "takes the scores and the labels of a batch, and weight and mask if it has arguments "
+            "of these names, and returns a scalar."
+        ) from error
+    return FunctionLoss(loss, keywords) if keywords else loss
 
 
 def _build_combined_loss(spec: Mapping[Any, Any]) -> Combined:

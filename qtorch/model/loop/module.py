@@ -70,7 +70,8 @@ class ScoreModule(pl.LightningModule):
     against `y`), and `lr`.
 
     `loss`: a `BaseLoss`, or any callable (score, target) -> mean. Such a mean is weighted by the
-    number of samples of its batch, and supports neither sample weights nor masks.
+    number of samples of its batch, and supports neither sample weights nor masks; one that takes
+    them is a `FunctionLoss`.
     `complete`: the caller guarantees that no training sample lacks a label.
     `day_label`: transforms the labels of training batches within each day.
     `is_stop_requested`: asked after each optimizer step whether to leave the training step early.
@@ -172,8 +173,9 @@ class ScoreModule(pl.LightningModule):
         if not is_unweighted:
             raise ConfigError(
                 f"these batches have sample weights or padded days, but the loss "
-                f"{type(self.loss).__name__} is only called with (score, target). Derive it from "
-                "qtorch.metrics.Loss (single samples) or qtorch.metrics.DayLoss (whole days)."
+                f"{type(self.loss).__name__} is only called with (score, target). Give it an "
+                "argument `weight` or `mask`, or derive it from qtorch.metrics.Loss (single "
+                "samples) or qtorch.metrics.DayLoss (whole days)."
             )
         if score.shape != target.shape:
             raise ValueError(f"score {list(score.shape)}, but target {list(target.shape)}.")

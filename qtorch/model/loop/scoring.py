@@ -16,7 +16,7 @@ from qtorch.core.errors import ConfigError
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.batches import BatchLoader
 from qtorch.data.dataset.samples import Samples
-from qtorch.metrics.loss import BaseLoss, Combined
+from qtorch.metrics.loss import BaseLoss, Combined, FunctionLoss
 from qtorch.model.base import SCORE
 from qtorch.process.heartbeat import beat
 
@@ -187,10 +187,11 @@ def evaluation_days(
 
     As many as `evaluation_batch_size` allows if `eval_size` is set or on a GPU. Otherwise it is
     `days_per_batch` as in training, also for a loss whose mean may depend on the bounds of batches:
-    a combined one, and one that is not a `BaseLoss`.
+    a combined one, and a user's own function.
     """
     days = int(batch["days_per_batch"])
-    may_depend_on_bounds = isinstance(loss, Combined) or not isinstance(loss, BaseLoss)
+    is_plain = not isinstance(loss, BaseLoss)
+    may_depend_on_bounds = is_plain or isinstance(loss, Combined | FunctionLoss)
     if may_depend_on_bounds or (batch["eval_size"] is None and device.type == "cpu"):
         return days
     return max(days, days_of_size(samples, evaluation_batch_size(batch, device)))

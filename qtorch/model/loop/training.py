@@ -265,8 +265,8 @@ class Training:
         if self.train.weight is not None and not isinstance(loss, BaseLoss):
             raise ConfigError(
                 f"a reweighter is set, but the loss {type(loss).__name__} takes no weights: "
-                "derive it from qtorch.metrics.Loss (single samples) or qtorch.metrics.DayLoss "
-                "(whole days)."
+                "give it an argument `weight`, or derive it from qtorch.metrics.Loss (single "
+                "samples) or qtorch.metrics.DayLoss (whole days)."
             )
         if self.rank_info is not None and isinstance(loss, Combined):
             loss.sum_over_ranks = self.ranks.sum

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from toy_training import (
     NUM_FEATURES,
     ToyDataset,
@@ -238,6 +239,40 @@ def test_losses_of_other_kinds_make_fleets_of_their_own() -> None:
     models = [make_model(network("GRU"), loss=loss, epochs=1) for loss in ("mse", "mae", "mse")]
     fit_fleet(models, ToyDataset())
     assert [m.fit_report_["fleet_members"] for m in models] == [2, 1, 2]
+
+
+class PowerError(nn.Module):
+    """A user's own loss, which does not print its number."""
+
+    def __init__(self, power: float) -> None:
+        super().__init__()
+        self.power = power
+
+    def forward(self, score: Tensor, target: Tensor) -> Tensor:
+        return ((score - target).abs() ** self.power).mean()
+
+
+class WeightedPowerError(PowerError):
+    def forward(self, score: Tensor, target: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]  # one argument more
+        errors = (score - target).abs() ** self.power
+        return (weight * errors).sum() / weight.sum()
+
+
+@pytest.mark.parametrize("kind", [PowerError, WeightedPowerError])
+def test_own_losses_are_only_shared_by_members_if_they_are_equal(kind: type[PowerError]) -> None:
+    dataset, first, second = ToyDataset(), kind(2.0), kind(3.0)
+    in_sums = [{"own": {"loss": loss, "weight": 1.0}} for loss in (first, second)]
+    losses = [first, second, first, *(in_sums if kind is WeightedPowerError else [])]
+
+    def models() -> list[LightningModel]:
+        optimizer = {"_target_": "torch.optim.SGD", "lr": 3e-3}
+        options = {"optimizer": optimizer, "epochs": 2, "seed": 1}
+        return [make_model(network("MLP"), loss=loss, **options) for loss in losses]
+
+    fleet, single = models(), models()
+    fit_fleet(fleet, dataset)
+    assert_equal_fits(fleet, fit_each(single, dataset))
+    assert [m.fit_report_["fleet_members"] for m in fleet[:3]] == [2, 1, 2]
 
 
 def make_dataset(mean: float, scale: float) -> ToyDataset:
