@@ -30,7 +30,7 @@ usage: qtorch rolling [GROUP=OPTION ...] [KEY=VALUE ...] [--config-dir DIR]
   runner      local; fleet: all windows at once; rm: through a task pool (pool=NAME url=...
               wait_only=true)
   resume      true: an equal study that did not finish goes on, without the windows that it has
-              trained; false: all windows are trained anew
+              trained; false: all windows are trained again
 
   qtorch rolling model=gru step=20 horizon=5
   qtorch rolling data=qlib data.provider_uri=~/qlib_data universe=nyse500 runner=rm pool=gru
@@ -59,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
         try:
             result = _run_study(settings)
         except (KeyboardInterrupt, SystemExit):
-            print(HINT, file=sys.stderr)
+            if settings["resume"]:
+                print(HINT, file=sys.stderr)
             raise
     _print_result(result, time.perf_counter() - start)
     return 0

@@ -134,9 +134,8 @@ class FunctionLoss(LabeledLoss):
         values = {"weight": labeled.weights, "mask": labeled.valid}
         chosen_values = {name: values[name] for name in self.keywords}
         weight_sum = labeled.weights.sum()
-        return self.function(
-            labeled.score, labeled.target, **chosen_values
-        ) * weight_sum, weight_sum
+        mean = self.function(labeled.score, labeled.target, **chosen_values)
+        return mean * weight_sum, weight_sum
 
 
 class Loss(LabeledLoss):

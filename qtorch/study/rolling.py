@@ -121,7 +121,7 @@ def rolling_study(
         _with_horizon(task, horizon)  # a wrong one is said before anything else
     # The stitched signal stands for the scores of a SignalRecord.
     check_task({**task, "record": _add_signal_record(task.get("record"))}, check_device=False)
-    given_seed = session().seed if task.get("seed") is None else task["seed"]
+    user_seed = session().seed if task.get("seed") is None else task["seed"]
     base = complete_task(task)
     tasks = rolling_tasks(
         base,
@@ -136,7 +136,7 @@ def rolling_study(
     trainer = trainer or TrainerR(experiment_name)
     name = experiment_name or getattr(trainer, "experiment_name", None)
     options = {"step": step, "rtype": rtype, "horizon": horizon, "warm_start": warm_start}
-    study_id = identify_study(base, tasks, options, given_seed) if keeps_windows(trainer) else None
+    study_id = identify_study(base, tasks, options, user_seed) if keeps_windows(trainer) else None
     earlier_run = find_interrupted_study(study_id, name) if resume and study_id else None
     if earlier_run is not None:  # its windows have its seed
         seed = int(earlier_run.list_params()["seed"])

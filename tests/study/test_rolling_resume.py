@@ -90,7 +90,7 @@ def test_finished_study_is_not_continued(store, make_task, fits):
     assert first.recorder.id != second.recorder.id
 
 
-def test_changed_study_and_resume_false_start_anew(store, make_task, fits):
+def test_changed_study_and_resume_false_start_a_new_study(store, make_task, fits):
     fits.error = KeyboardInterrupt()
     for options in ({}, {"rtype": "sliding"}, {"horizon": 3}, {"resume": False}):
         with pytest.raises(KeyboardInterrupt):
@@ -139,7 +139,7 @@ def test_random_seed_of_the_interrupted_study_is_kept(store, make_task, fits):
 
 
 @pytest.mark.parametrize("case", ["delayed trainer", "own training function", "live object"])
-def test_studies_whose_windows_cannot_be_compared_start_anew(store, make_task, fits, case):
+def test_studies_whose_windows_cannot_be_compared_start_again(store, make_task, fits, case):
     task, trainer = make_task(), TrainerR("study")
     if case == "delayed trainer":
         trainer = DelayTrainerR("study")

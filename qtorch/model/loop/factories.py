@@ -55,7 +55,9 @@ def _build_function_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
     signature = get_signature(loss.forward if isinstance(loss, nn.Module) else loss)
     if signature is None:
         return loss
-    is_of_torch = str(getattr(loss, "__module__", "")).startswith("torch.")  # `weight` of classes
+    is_of_torch = str(getattr(loss, "__module__", "")).startswith(
+        "torch."
+    )  # its `weight` means classes
     names = () if is_of_torch else ("weight", "mask")
     keywords = [name for name in names if name in signature.parameters]
     try:
