@@ -12,7 +12,7 @@ from toy_training import ToyDataset, ToyRecorder
 from qtorch.core.errors import ArgumentError, ConfigError, NotFittedError
 from qtorch.core.session import session_context
 from qtorch.data import Reweighter
-from qtorch.model import CatBoostModel, LGBModel, ModelFT, XGBModel
+from qtorch.model import CatBoostModel, DEnsembleModel, LGBModel, ModelFT, XGBModel
 from qtorch.tracking.artifacts import read_object, write_object
 
 XGBOOST = {"max_depth": 3, "eta": 0.2, "nthread": 1, "seed": 3}
@@ -222,6 +222,40 @@ def test_wrong_arguments_of_catboost_raise_at_construction(monkeypatch):
     monkeypatch.setitem(sys.modules, "catboost", None)
     with pytest.raises(ConfigError, match=r"CatBoostModel needs CatBoost: pip install .*catboost"):
         CatBoostModel()
+
+
+@pytest.mark.parametrize(
+    ("library", "make", "parameters", "message"),
+    [
+        ("lightgbm", LGBModel, {"learning_rate": "fast"}, "learning_rate of LGBModel is 'fast'"),
+        ("lightgbm", LGBModel, {"num_leaves": 2.5}, "should be of type int"),
+        ("lightgbm", LGBModel, {"subsample": 3}, "bagging_fraction of LGBModel is 3"),
+        ("lightgbm", LGBModel, {"boosting": "gbdtt"}, "Unknown boosting type"),
+        ("lightgbm", DEnsembleModel, {"max_depth": "deep"}, "max_depth of DEnsembleModel"),
+        ("lightgbm", DEnsembleModel, {"num_models": "six"}, "num_models .* whole number"),
+        ("lightgbm", LGBModel, {"num_boost_round": 1.5}, "num_boost_round .* whole number"),
+        ("xgboost", XGBModel, {"eta": "fast"}, "eta of XGBModel is 'fast'"),
+        ("xgboost", XGBModel, {"max_depth": "deep"}, "max_depth of XGBModel"),
+        ("xgboost", XGBModel, {"early_stopping_rounds": -1}, "at least 0"),
+        ("catboost", CatBoostModel, {"learning_rate": "fast"}, "learning_rate.*fast"),
+        ("catboost", CatBoostModel, {"depth": 100}, "Maximum tree depth is 16"),
+        ("catboost", CatBoostModel, {"grow_policy": "tall"}, "grow_policy .* 'Depthwise'"),
+        ("catboost", CatBoostModel, {"loss": "Quantile:alpha=7"}, "alpha"),
+    ],
+)
+def test_values_that_a_library_refuses_raise_at_construction(library, make, parameters, message):
+    pytest.importorskip(library)
+    with pytest.raises(ConfigError, match=message):
+        make(**parameters)
+
+
+def test_values_that_depend_on_data_and_device_are_left_to_the_training():
+    pytest.importorskip("lightgbm")
+    pytest.importorskip("catboost")
+    constraints = [1, 0, -1, 0, 1]
+    LGBModel(monotone_constraints=constraints, device_type="gpu", interaction_constraints=[[0, 4]])
+    CatBoostModel(task_type="CPU", monotone_constraints=constraints, verbose=True)
+    CatBoostModel(loss="Logloss", eval_metric="AUC", task_type="CPU")
 
 
 def test_catboost_replaces_the_poisson_bootstrap_on_the_cpu(dataset, caplog):

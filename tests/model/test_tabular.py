@@ -227,6 +227,8 @@ def test_invalid_arguments_raise_at_construction(monkeypatch):
         LinearModel("rigde")
     with pytest.raises(ConfigError, match="only ridge and lasso"):
         LinearModel("ols", alpha=1.0)
+    with pytest.raises(ConfigError, match="alpha is 'small'; expected a number"):
+        LinearModel("ridge", alpha="small")
     monkeypatch.setitem(sys.modules, "lightgbm", None)
     with pytest.raises(ConfigError, match=r"pip install 'lightgbm>="):
         LGBModel()

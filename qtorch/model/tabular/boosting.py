@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from qtorch.core.errors import ConfigError, install_command
+from qtorch.core.errors import ConfigError, check_count, install_command
 from qtorch.core.identity import digest
 from qtorch.model.base import ModelFT
 from qtorch.model.input_schema import has_valid_segment
@@ -85,6 +85,9 @@ class BoostedTrees(TabularModel, ModelFT):
     """
 
     def __init__(self, early_stopping_rounds: int, num_boost_round: int) -> None:
+        name = type(self).__name__
+        check_count(f"early_stopping_rounds of {name}", early_stopping_rounds, minimum=0)
+        check_count(f"num_boost_round of {name}", num_boost_round)
         self.early_stopping_rounds = early_stopping_rounds
         self.num_boost_round = num_boost_round
         self.content_: bytes | None = None  # the booster, as its library saves it
@@ -266,6 +269,23 @@ def library_names(names: tuple[str, ...]) -> list[str]:
     if len(set(clean_names)) < len(names):
         return [f"feature{k}" for k in range(len(names))]
     return clean_names
+
+
+def check_values(
+    model: str, parameters: Mapping[str, Any], find_fault: Callable[[Mapping[str, Any]], str | None]
+) -> None:
+    """Raise ConfigError, which names the parameter, if a library refuses values of parameters.
+
+    `find_fault` returns what the library says against parameters; None if it takes them.
+    """
+    fault = find_fault(parameters)
+    if fault is None:
+        return
+    for name, value in parameters.items():
+        single_fault = find_fault({name: value})
+        if single_fault is not None:
+            raise ConfigError(f"{name} of {model} is {value!r}: {single_fault}")
+    raise ConfigError(f"{model} with {dict(parameters)}: {fault}")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from qtorch.model.tabular.boosting import (
     Boosting,
     Evaluations,
     Rounds,
+    check_values,
     library_names,
     list_first_metric,
     require_library,
@@ -43,6 +44,8 @@ RENAMED_PARAMETERS = {
 OTHER_PARAMETERS = ("verbose_eval",)
 LOG_NAMES = ("verbose", "verbose_eval", "silent", "logging_level")
 SEED_NAMES = ("random_seed", "random_state")
+# The parts of CatBoost's source that read the values of parameters.
+OPTION_SOURCES = ("private/libs/options", "enum_parser", "libs/metrics", "util/string/cast")
 
 
 class CatBoostModel(BoostedTrees):
@@ -75,6 +78,7 @@ class CatBoostModel(BoostedTrees):
         _check_parameters(parameters)
         self.loss = loss
         self.params = dict(parameters)
+        check_values("CatBoostModel", {**parameters, "loss_function": loss}, _find_fault)
 
     def _boost(
         self, train: Rows, valid: Rows | None, rounds: Rounds, init_booster: Any = None
@@ -113,7 +117,7 @@ class CatBoostModel(BoostedTrees):
         if session().seed is not None and not self.params.keys() & set(SEED_NAMES):
             defaults["random_seed"] = session().seed
         parameters = {**defaults, **self.params, "loss_function": self.loss}
-        if parameters["task_type"] == "CPU" and parameters.get("bootstrap_type") == "Poisson":
+        if parameters["task_type"] == "CPU" and _has_poisson_bootstrap(parameters):
             log.warning(
                 "bootstrap_type=Poisson needs a GPU; on the CPU it is Bernoulli, which draws the "
                 "same share of the samples. To be without this warning, set "
@@ -150,6 +154,32 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
         if name in RENAMED_PARAMETERS:
             raise ArgumentError(f"use {RENAMED_PARAMETERS[name]} instead of {name}.")
         check_name("parameter of CatBoost", name, valid_names, error=ArgumentError)
+
+
+def _find_fault(parameters: Mapping[str, Any]) -> str | None:
+    """Return what CatBoost says against the values of parameters on a CPU; None if it takes them.
+
+    It reads them when it trains, for which a few rows are enough. Values that do not fit these rows
+    may fit the user's.
+    """
+    if parameters.get("task_type", _default_device()) == "GPU":
+        return None
+    library = _import_catboost()
+    replaced = {*LOG_NAMES, *(["bootstrap_type"] if _has_poisson_bootstrap(parameters) else [])}
+    booster = library.CatBoost(
+        {name: value for name, value in parameters.items() if name not in replaced}
+        | {"allow_writing_files": False, "logging_level": "Silent", "iterations": 1}
+    )
+    try:
+        booster.fit(library.Pool(np.arange(8.0).reshape(4, 2), np.array([0.0, 1.0, 0.0, 1.0])))
+    except library.CatBoostError as error:
+        place, _, reason = str(error).partition(": ")
+        return reason if any(part in place for part in OPTION_SOURCES) else None
+    return None
+
+
+def _has_poisson_bootstrap(parameters: Mapping[str, Any]) -> bool:
+    return bool(parameters.get("bootstrap_type") == "Poisson")
 
 
 def _pool(library: Any, rows: Rows) -> catboost.Pool:

@@ -16,12 +16,17 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from qtorch.core.errors import ConfigError, check_name
+from qtorch.core.errors import ConfigError, check_count, check_name
 from qtorch.core.session import session
 from qtorch.model.input_schema import has_valid_segment
 from qtorch.model.tabular.base import Rows, TabularModel
 from qtorch.model.tabular.boosting import Evaluations, Rounds, bytes_tensor, log_curves
-from qtorch.model.tabular.gbdt import boost_lightgbm, load_lightgbm, resolve_parameters
+from qtorch.model.tabular.gbdt import (
+    boost_lightgbm,
+    check_parameter_values,
+    load_lightgbm,
+    resolve_parameters,
+)
 from qtorch.tracking.recorder import current_recorder
 
 if TYPE_CHECKING:
@@ -93,6 +98,8 @@ class DEnsembleModel(TabularModel):
     ) -> None:
         check_name("base_model of DEnsembleModel", base_model, ("gbm",))
         check_name("loss of DEnsembleModel", loss, ("mse",))
+        for name, count in {"num_models": num_models, "epochs": epochs}.items():
+            check_count(f"{name} of DEnsembleModel", count)
         self.base_model, self.loss = base_model, loss
         self.num_models, self.epochs = num_models, epochs
         self.enable_sr, self.enable_fs = enable_sr, enable_fs
@@ -105,6 +112,7 @@ class DEnsembleModel(TabularModel):
         _check_length("sub_weights", self.sub_weights, "num_models", num_models)
         self.early_stopping_rounds = early_stopping_rounds or 0
         self.params = resolve_parameters(parameters, RENAMED_PARAMETERS)
+        check_parameter_values("DEnsembleModel", self.params)
         self.contents_: list[bytes] = []
         self.sub_features_: list[list[str]] = []
         self.evals_result_: Evaluations = {}

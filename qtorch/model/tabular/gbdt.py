@@ -16,6 +16,7 @@ from qtorch.model.tabular.boosting import (
     Boosting,
     Evaluations,
     Rounds,
+    check_values,
     library_names,
     require_library,
 )
@@ -30,6 +31,16 @@ RENAMED_PARAMETERS = {
     "num_iterations": "num_boost_round",
     "early_stopping_round": "early_stopping_rounds",
 }
+# Parameters whose values fit certain data or devices only; LightGBM checks them when it trains.
+DATA_PARAMETERS = (
+    "categorical_feature",
+    "device_type",
+    "feature_contri",
+    "forcedbins_filename",
+    "forcedsplits_filename",
+    "interaction_constraints",
+    "monotone_constraints",
+)
 
 
 class LGBModel(BoostedTrees):
@@ -59,6 +70,7 @@ class LGBModel(BoostedTrees):
         super().__init__(early_stopping_rounds, num_boost_round)
         self.loss = loss
         self.params = resolve_parameters(parameters)
+        check_parameter_values("LGBModel", self.params)
 
     def _boost(
         self, train: Rows, valid: Rows | None, rounds: Rounds, init_booster: Any = None
@@ -160,6 +172,24 @@ def resolve_parameters(
             raise ArgumentError(f"{alias} and another alias of {name} are both set.")
         out[name] = value
     return out
+
+
+def check_parameter_values(model: str, parameters: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a value that LightGBM does not take, by canonical name of parameter."""
+    values = {name: value for name, value in parameters.items() if name not in DATA_PARAMETERS}
+    check_values(model, values, _find_fault)
+
+
+def _find_fault(parameters: Mapping[str, Any]) -> str | None:
+    """Return what LightGBM says against the values of parameters; None if it takes them."""
+    library = _import_lightgbm()
+    # A booster reads all parameters before it sees its data, of which a few rows are enough.
+    data = library.Dataset(np.arange(8.0).reshape(4, 2), np.arange(4.0))
+    try:
+        library.Booster({"verbosity": -1, **parameters}, data)
+    except library.basic.LightGBMError as error:
+        return str(error).partition(" at /")[0].strip()  # without the place in its source
+    return None
 
 
 def _canonical_parameter_names() -> dict[str, str]:

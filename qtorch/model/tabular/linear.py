@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +43,8 @@ class LinearModel(TabularModel):
         include_valid: bool = False,
     ) -> None:
         check_name("estimator", estimator, ESTIMATORS)
+        if not isinstance(alpha, Real):
+            raise ConfigError(f"alpha is {alpha!r}; expected a number.")
         if alpha < 0 or (alpha and estimator not in ("ridge", "lasso")):
             raise ConfigError(
                 f"alpha={alpha} with estimator={estimator!r}: only ridge and lasso use it, >= 0."

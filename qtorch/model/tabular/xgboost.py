@@ -17,6 +17,7 @@ from qtorch.model.tabular.boosting import (
     Boosting,
     Evaluations,
     Rounds,
+    check_values,
     library_names,
     list_first_metric,
     require_library,
@@ -142,6 +143,7 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
         )
     if parameters.get("booster") == "gblinear":
         raise ConfigError("booster='gblinear' has no trees: use LinearModel.")
+    check_values("XGBModel", parameters, _find_fault)
     valid_names = _parameter_names(parameters)
     for name in parameters:
         check_name("parameter of XGBoost", name, valid_names, error=ArgumentError)
@@ -149,16 +151,26 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
 
 def _parameter_names(parameters: Mapping[str, Any]) -> list[str]:
     """Return the names of XGBoost's parameters, for the booster and objective that are set."""
+    config = _complete_parameters(parameters)
+    return sorted({*_leaf_names(config), *TRAINING_PARAMETERS})
+
+
+def _find_fault(parameters: Mapping[str, Any]) -> str | None:
+    """Return what XGBoost says against the values of parameters; None if it takes them."""
+    try:
+        _complete_parameters(parameters)
+    except _import_xgboost().core.XGBoostError as error:
+        return str(error).partition("Stack trace")[0].strip()
+    return None
+
+
+def _complete_parameters(parameters: Mapping[str, Any]) -> Any:
+    """Return XGBoost's own description of its parameters, with those that are not set."""
     library = _import_xgboost()
     # One sample is enough for a booster to fill in its configuration, which lists the names.
     sample = library.DMatrix(np.zeros((1, 1)), np.zeros(1))
     booster = library.Booster({**parameters, "verbosity": 0, "device": "cpu"}, [sample])
-    try:
-        config = json.loads(booster.save_config())
-    except library.core.XGBoostError as error:
-        reason = str(error).partition("Stack trace")[0].strip()
-        raise ConfigError(f"XGBModel: {reason}") from error
-    return sorted({*_leaf_names(config), *TRAINING_PARAMETERS})
+    return json.loads(booster.save_config())
 
 
 def _leaf_names(config: Any) -> Iterator[str]:
