@@ -165,30 +165,26 @@ def training_jobs(check: Check, experiment: str) -> set[int]:
     return {job_number(r) for r in busy if 0 < len(epochs_with_metrics(r)) < 0.6 * check.epochs}
 
 
-def jobs_on_node(
-    check: Check, node: str, experiment: str, min_jobs: int = 1
-) -> tuple[list[int], set[int]] | None:
-    """Return the jobs on a node and the jobs in mid-training on any node.
-
-    None while fewer than `min_jobs` jobs are both.
-    """
+def jobs_on_node(check: Check, node: str, experiment: str) -> tuple[list[int], set[int]] | None:
+    """Return the jobs on a node and the jobs in mid-training on any node; None if no job is both."""
     in_training = training_jobs(check, experiment)
     jobs = [int(k) for k in check.cluster.list_jobs("%K", "-w", node)]
-    return (jobs, in_training) if len(in_training.intersection(jobs)) >= min_jobs else None
+    return (jobs, in_training) if in_training.intersection(jobs) else None
 
 
 def disturb_sweep(check: Check, name: str, overrides: list[str]) -> tuple[set[int], set[int]]:
     """Run a sweep that loses jobs in four ways; return these jobs, and those with a checkpoint.
 
-    One job is cancelled before it starts and one in mid-training; the jobs on one node are
-    preempted, and those on the other node are lost with the node.
+    One job is cancelled before it starts and one in mid-training; the job on one node is preempted,
+    and the one on the other node is lost with the node.
     """
     cluster = check.cluster
     command = check.start_command(
-        "qtorch", "train", "-m", *LAUNCHER, f"sweep.name={name}", *overrides
+        *["qtorch", "train", "-m", *LAUNCHER, "hydra.launcher.cpus_per_task=2"],  # one job a node
+        *[f"sweep.name={name}", *overrides],
     )
     on_one, busy = wait_until(
-        lambda: jobs_on_node(check, "one", name, 2), "jobs in training", command
+        lambda: jobs_on_node(check, "one", name), "a job in training on node one", command
     )
     array, waiting = (
         cluster.list_jobs("%F")[0],
@@ -410,7 +406,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("provider", nargs="?", help="bars in Qlib's layout, with nyse500")
-    parser.add_argument("--jobs", type=int, default=12, help="number of jobs in the sweep")
+    parser.add_argument("--jobs", type=int, default=6, help="number of jobs in the sweep")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument(
         "--only",

@@ -19,7 +19,7 @@ SLURM_MISSING = 77  # exit code if SLURM is missing and cannot be installed
 def test_slurm_check_script_passes(tmp_path: Path) -> None:
     rows_path = tmp_path / "rows.json"
     process = subprocess.run(
-        ["bash", str(CHECK), "--jobs", "6", "--epochs", "50", "--json", str(rows_path)],
+        ["bash", str(CHECK), "--jobs", "4", "--json", str(rows_path)],
         env={**os.environ, "QTORCH_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
