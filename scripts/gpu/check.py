@@ -551,7 +551,8 @@ def main(arguments: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     report, begin, failed = Report(options.out), time.monotonic(), []
     warnings.simplefilter("ignore")
-    torch.set_num_threads(min(8, os.cpu_count() or 1))
+    if HAS_GPU:  # the CPU, beside which it is compared, has the rest of the machine to itself
+        torch.set_num_threads(min(8, os.cpu_count() or 1))
     for name in options.only.split(",") if options.only else SECTIONS:
         run_section, seconds = SECTIONS[name]
         remaining = 60 * options.minutes - (time.monotonic() - begin)
