@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,16 +16,31 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from qlib_server import write_launcher
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 ROOT = Path(__file__).resolve().parents[1]
+qlib_folder = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
 # Until all tests are collected. Modules and tests are a million objects that live to the end;
 # garbage collections that look through them would take a third of the time.
 gc.disable()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the tests, in all processes, share a server that has imported Qlib's libraries once."""
+    qlib = os.environ.get("QTORCH_QLIB_PYTHON")
+    if qlib and not hasattr(config, "workerinput"):
+        folder = config.stash[qlib_folder] = tempfile.TemporaryDirectory(prefix="qlib-")
+        os.environ["QTORCH_QLIB_PYTHON"] = str(write_launcher(Path(folder.name), qlib))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if qlib_folder in config.stash:
+        config.stash[qlib_folder].cleanup()
 
 
 def pytest_collection_finish() -> None:

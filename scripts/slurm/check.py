@@ -166,7 +166,7 @@ def training_jobs(check: Check, experiment: str) -> set[int]:
 
 
 def jobs_on_node(check: Check, node: str, experiment: str) -> tuple[list[int], set[int]] | None:
-    """Return the jobs on a node and the jobs in mid-training on any node; None if no job is both."""
+    """Return a node's jobs and all jobs in mid-training; None if it has none of the latter."""
     in_training = training_jobs(check, experiment)
     jobs = [int(k) for k in check.cluster.list_jobs("%K", "-w", node)]
     return (jobs, in_training) if in_training.intersection(jobs) else None
