@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -15,31 +14,42 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_process import ForkedProcess
 
 
 class MlflowServer:
     """A real `mlflow server` on localhost that can be stopped and restarted."""
 
-    def __init__(self, folder) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen | None = None
+        self.process: ForkedProcess | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", f"{self.folder}/files"]
-        command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+        self.process = ForkedProcess(self._serve, new_session=True)
         # An open port would not be enough: it may still be that of a killed worker.
         self._wait_until(self._is_healthy, "the server did not start")
+
+    def _serve(self) -> None:
+        """Run MLflow's command, but the web server, which it starts, in this process."""
+        import mlflow.cli
+        import uvicorn.main
+
+        def run_uvicorn(command: list[str], extra_env: dict[str, str], **_: Any) -> None:
+            os.environ.update(extra_env)
+            uvicorn.main.main(command[command.index("uvicorn") + 1 :])
+
+        with open(self.folder / "server.log", "ab") as log:
+            for number in (1, 2):
+                os.dup2(log.fileno(), number)
+        os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+        mlflow.server._exec_cmd = run_uvicorn
+        command = ["server", "--workers", "1", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        mlflow.cli.cli([*command, "--artifacts-destination", f"{self.folder}/files"])
 
     def stop(self) -> None:
         if self.process is not None:
