@@ -92,7 +92,8 @@ def qlib_scores(qlib_python: str, tmp_path_factory: pytest.TempPathFactory) -> A
     }
     (folder / "job.json").write_text(json.dumps(job))
     command = [qlib_python, str(SCRIPT), str(folder / "job.json"), str(folder)]
-    process = subprocess.run(command, capture_output=True, text=True)
+    # CatBoost writes into the working folder.
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-3000:]
 
     def read(name: str) -> pd.DataFrame:

@@ -119,16 +119,20 @@ class _Moments:
     def add(self, rows: Rows) -> None:
         for start in range(0, len(rows), CHUNK_SIZE):
             chunk = slice(start, start + CHUNK_SIZE)
-            x = rows.x[chunk].astype(np.float64)
+            x, y = rows.x[chunk], rows.y[chunk]
+            weight = None if rows.weight is None else rows.weight[chunk]
             is_complete = ~np.isnan(x).any(axis=1)
-            x, y = x[is_complete], rows.y[chunk][is_complete].astype(np.float64)
-            weight = np.ones(len(x)) if rows.weight is None else rows.weight[chunk][is_complete]
-            weighted_x = x * weight[:, None]
+            if not is_complete.all():
+                x, y = x[is_complete], y[is_complete]
+                weight = None if weight is None else weight[is_complete]
+            x, y = x.astype(np.float64), y.astype(np.float64)
+            # Without weights numpy computes one half of the symmetric product.
+            weighted_x = x if weight is None else x * weight[:, None]
             self.xx += weighted_x.T @ x
             self.xy += weighted_x.T @ y
             self.x += weighted_x.sum(axis=0)
-            self.y += float(weight @ y)
-            self.weight += float(weight.sum())
+            self.y += float(y.sum() if weight is None else weight @ y)
+            self.weight += float(len(y) if weight is None else weight.sum())
 
     def means(self) -> tuple[np.ndarray, float]:
         return self.x / self.weight, self.y / self.weight
