@@ -20,6 +20,14 @@ def masked_error(score, target, mask):
     return ((score - target) ** 2 * mask).sum() / mask.sum().clamp(min=1)
 
 
+def power_error(score, target, weight, power=2):
+    return (weight * (score - target).abs() ** power).sum() / weight.sum().clamp(min=1e-9)
+
+
+def make_power_error(power=2, name="error"):
+    return lambda score, target, weight: power_error(score, target, weight, power)
+
+
 class WeightedError(nn.Module):
     def forward(self, score, target, weight=None):
         return (weight * (score - target) ** 2).sum() / weight.sum().clamp(min=1e-9)
@@ -57,6 +65,30 @@ def test_own_loss_takes_the_weights_of_a_reweighter(dataset, loss):
     scores = model.predict(dataset)
     pd.testing.assert_series_equal(scores, expected.predict(dataset), atol=1e-5)
     assert not np.allclose(scores, unweighted_model.predict(dataset), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        f"{__name__}.power_error",
+        {"_target_": f"{__name__}.power_error", "power": 2},
+        {"func": "power_error", "module_path": __name__},
+        {"_target_": f"{__name__}.power_error", "_partial_": True},
+        f"{__name__}.make_power_error",
+        {"_target_": f"{__name__}.make_power_error", "_args_": [2]},
+        {f"{__name__}.power_error": 1.0},
+        "torch.nn.functional.mse_loss",
+        {"_target_": "torch.nn.functional.mse_loss", "reduction": "mean"},
+    ],
+)
+def test_a_function_is_a_loss_by_its_name_too(dataset, loss):
+    expected = fit_model(dataset, loss="mse").evals_result_["train"]["loss"]
+    assert fit_model(dataset, loss=loss).evals_result_["train"]["loss"] == pytest.approx(expected)
+
+
+def test_wrong_arguments_of_a_named_function_are_refused():
+    with pytest.raises(ConfigError, match="powr"):
+        build_loss({"_target_": f"{__name__}.power_error", "powr": 3})
 
 
 def test_own_loss_in_a_sum(dataset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from functools import partial
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from qtorch.core.errors import ConfigError, check_name, unknown_name_message
 from qtorch.core.instantiate import (
+    check_config,
     get_callable_kwargs,
     get_signature,
     init_instance_by_config,
@@ -25,6 +27,7 @@ Spec = str | Mapping[str, Any] | Callable[..., Any]  # a name, a configuration, 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 # Those of torch with a fused implementation on CUDA.
 FUSED_OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 TARGET_KEYS = set(NAME_KEYS)  # one of them names what a configuration builds
 
 
@@ -33,14 +36,18 @@ def build_loss(spec: Spec) -> Callable[..., Any]:
 
     `spec` is a name in `LOSSES`, a configuration, a callable (score, target) -> scalar, which may
     take `weight` and `mask` too (`metrics.loss.FunctionLoss`), a class of such callables, or a
-    mapping {name: weight} for the weighted sum of several losses.
+    mapping {name: weight} for the weighted sum of several losses. A configuration names a class, a
+    function that makes the loss, or a function (score, target, ...) that is the loss itself; its
+    other arguments are then those of the configuration.
     """
     if isinstance(spec, str) and "." not in spec:
         check_name("loss", spec, LOSSES)
         return LOSSES[spec]()
     if isinstance(spec, Mapping) and not TARGET_KEYS & set(spec):
         return _build_combined_loss(spec)
-    loss = init_instance_by_config(spec) if isinstance(spec, str | Mapping) else spec
+    loss: Any = spec
+    if isinstance(spec, str | Mapping):
+        loss = _find_loss_function(spec) or init_instance_by_config(spec)
     if isinstance(loss, type):
         loss = init_instance_by_config({"class": loss})
     if isinstance(loss, BaseLoss):
@@ -50,12 +57,33 @@ def build_loss(spec: Spec) -> Callable[..., Any]:
     return _build_function_loss(loss)
 
 
+def _find_loss_function(spec: str | Mapping[Any, Any]) -> Callable[..., Any] | None:
+    """Return the function that is a loss itself, with its configured arguments; None if none is.
+
+    Its first two arguments, score and target, have no default value.
+    """
+    if isinstance(spec, str) and spec.startswith("file:"):
+        return None  # a pickle
+    target, arguments = get_callable_kwargs(spec)
+    if not inspect.isfunction(target) or "_args_" in spec:
+        return None
+    first_two = list(inspect.signature(target).parameters.values())[:2]
+    are_free = [
+        p.kind in POSITIONAL and p.default is p.empty and p.name not in arguments for p in first_two
+    ]
+    if are_free != [True, True]:
+        return None
+    check_config(spec)
+    return partial(target, **arguments) if arguments else target
+
+
 def _build_function_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
     """Check how a user's own loss is called, and make one with `weight` or `mask` a BaseLoss."""
     signature = get_signature(loss.forward if isinstance(loss, nn.Module) else loss)
     if signature is None:
         return loss
-    is_of_torch = str(getattr(loss, "__module__", "")).startswith(
+    function = loss.func if isinstance(loss, partial) else loss
+    is_of_torch = str(getattr(function, "__module__", "")).startswith(
         "torch."
     )  # its `weight` means classes
     names = () if is_of_torch else ("weight", "mask")
@@ -63,7 +91,7 @@ def _build_function_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
     try:
         signature.bind("score", "target", **dict.fromkeys(keywords))
     except TypeError as error:
-        name = getattr(loss, "__name__", type(loss).__name__)
+        name = getattr(function, "__name__", type(loss).__name__)
         raise ConfigError(
             f"the loss {name}{signature} cannot be called with (score, target): {error}. A loss "
             "takes the scores and the labels of a batch, and weight and mask if it has arguments "
