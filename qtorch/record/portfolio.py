@@ -301,7 +301,9 @@ class PortAnaRecord(Record):
                 self.dataset = self.recorder.load_object("dataset")
             except LoadObjectError:
                 return None
-        handler = getattr(self.dataset, "handler", None)
+        # A dataset without a handler may be a part of one with it, such as that of a rolling study.
+        dataset = getattr(self.dataset, "full_dataset", self.dataset)
+        handler = getattr(dataset, "handler", None)
         return handler if isinstance(handler, DataHandler) else None
 
     def _data_freq(self) -> str | None:

@@ -299,7 +299,10 @@ class StitchedDataset:
 
     @cached_property
     def full_dataset(self) -> Any:
-        """The real dataset, built on first use; its processors are not fitted."""
+        """The real dataset, built on first use; its processors are not fitted.
+
+        A backtest takes the source of its bars from here (`PortAnaRecord`).
+        """
         return init_instance_by_config(self._config)
 
     def prepare(

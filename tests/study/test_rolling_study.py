@@ -16,6 +16,7 @@ from qtorch.data.handler.feature_cache import FeatureCache
 from qtorch.data.handler.loader import QlibDataLoader
 from qtorch.metrics.signal import calc_ic
 from qtorch.model.lightning_model import LightningModel
+from qtorch.record import PortAnaRecord
 from qtorch.record.signal import raw_label
 from qtorch.study import RecorderCollector, RollingEnsemble, StudyError, rolling_study
 from qtorch.study.rolling import SPAN_TAG, WINDOW_TAG, StitchedDataset, rolling_tasks
@@ -148,6 +149,29 @@ def test_failed_window_is_reported_and_others_are_kept(store, tmp_path, make_tas
     assert parent.status == "FAILED"
     assert "no luck" in parent.list_tags()["error"]
     assert sum(r.list_tags().get(PARENT_TAG) == parent.id for r in runs) == 3
+
+
+def portfolio_record(**backtest):
+    strategy = {
+        "_target_": "qtorch.backtest.TopkDropoutStrategy",
+        "signal": "<PRED>", "topk": 5, "n_drop": 1,
+    }  # fmt: skip
+    config = {"strategy": strategy, "backtest": backtest}
+    return {"_target_": "qtorch.record.PortAnaRecord", "config": config, "dataset": "<DATASET>"}
+
+
+@pytest.mark.slow
+def test_the_portfolio_of_the_stitched_signal_trades_the_bars_of_its_dataset(
+    store, tmp_path, make_task
+):
+    task = make_task(record=["SignalRecord", portfolio_record()])
+    result = run_study(task, tmp_path)
+    report = result.recorder.load_object("portfolio_analysis/report_normal_1day.pkl")
+    assert report["turnover"].sum() > 0
+    named_source = portfolio_record(source=task["dataset"]["handler"]["source"])
+    PortAnaRecord(result.recorder, named_source["config"]).generate()
+    expected = result.recorder.load_object("portfolio_analysis/report_normal_1day.pkl")
+    pd.testing.assert_frame_equal(report, expected)
 
 
 @pytest.mark.slow
