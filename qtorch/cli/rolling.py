@@ -40,8 +40,8 @@ windows move through the test segment of `segments`.
 """
 
 HINT = (
-    "interrupted: windows that have finished are kept, the others resume from their "
-    "checkpoints. Continue with the same command."
+    "Windows that have finished are kept, the others resume from their checkpoints. Continue with "
+    "the same command."
 )
 
 
@@ -58,9 +58,12 @@ def main(argv: Sequence[str]) -> int:
     with handle_stop_signals():
         try:
             result = _run_study(settings)
-        except (KeyboardInterrupt, SystemExit):
+        except KeyboardInterrupt as interrupt:
+            # That of a window's training says how to continue this window alone.
+            raise KeyboardInterrupt(HINT if settings["resume"] else "") from interrupt
+        except SystemExit:
             if settings["resume"]:
-                print(HINT, file=sys.stderr)
+                print(f"interrupted. {HINT}", file=sys.stderr)
             raise
     _print_result(result, time.perf_counter() - start)
     return 0

@@ -128,6 +128,7 @@ def test_interrupted_study_continues_with_the_same_command(
         assert "repeat the command of its rolling study" in qtorch_cli("runs").out
     else:
         assert "Continue with the same command" in err
+        assert "Resume with" not in err  # one instruction
         assert interrupted_study.status == second.status == "KILLED"
 
     result = qtorch_cli(*command)
