@@ -120,6 +120,20 @@ def select_label(label: pd.DataFrame, position: int) -> pd.Series:
     return column
 
 
+def _why_undefined(score: pd.Series) -> str:
+    """Return why no day has an IC, as a sentence that says what to do."""
+    scores_by_day = score.groupby(level="datetime")
+    if scores_by_day.count().max() > 1 and scores_by_day.nunique().max() == 1:
+        return (
+            "the model gives all instruments of a day the same score. It has found nothing in the "
+            "data: try other features, a smaller learning rate or more training."
+        )
+    return (
+        "no day has two instruments with different scores and labels. Use a universe of several "
+        "instruments."
+    )
+
+
 class SigAnaRecord(Record):
     """Evaluates `pred.pkl` against `label.pkl`; writes to `sig_analysis/` and logs metrics.
 
@@ -167,10 +181,7 @@ class SigAnaRecord(Record):
         label = select_label(self.load("label.pkl"), self.label_col)
         ic, rank_ic = calc_ic(score, label)
         if ic.isna().all():
-            raise RecordError(
-                f"the IC is undefined on all {len(ic)} days: no day has two instruments with "
-                "different scores and labels. Use a universe of several instruments."
-            )
+            raise RecordError(f"the IC is undefined on all {len(ic)} days: {_why_undefined(score)}")
         metrics = ic_figures(ic, rank_ic)
         series = {"ic.pkl": ic, "ric.pkl": rank_ic}
         if self.ana_long_short:

@@ -122,6 +122,13 @@ def test_undefined_ic_on_all_days_raises(model, dataset, recorder, monkeypatch):
         SigAnaRecord(recorder).generate()
 
 
+def test_equal_scores_are_named_as_the_reason(model, dataset, recorder):
+    SignalRecord(model, dataset, recorder).generate()
+    recorder.save_objects(**{"pred.pkl": 0 * recorder.load_object("pred.pkl") + 0.1})
+    with pytest.raises(RecordError, match="all instruments of a day the same score"):
+        SigAnaRecord(recorder).generate()
+
+
 @pytest.mark.slow
 def test_ic_by_segment(model, dataset, recorder):
     SignalRecord(model, dataset, recorder).generate()

@@ -184,9 +184,10 @@ def _find_fault(parameters: Mapping[str, Any]) -> str | None:
     """Return what LightGBM says against the values of parameters; None if it takes them."""
     library = _import_lightgbm()
     # A booster reads all parameters before it sees its data, of which a few rows are enough.
-    data = library.Dataset(np.arange(8.0).reshape(4, 2), np.arange(4.0))
+    rows = np.arange(128.0).reshape(64, 2)
+    data = library.Dataset(rows, rows[:, 0], params={"verbosity": -1})
     try:
-        library.Booster({"verbosity": -1, **parameters}, data)
+        library.Booster({**parameters, "verbosity": -1}, data)
     except library.basic.LightGBMError as error:
         return str(error).partition(" at /")[0].strip()  # without the place in its source
     return None
