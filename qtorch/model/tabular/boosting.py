@@ -278,13 +278,14 @@ def check_values(
 
     `find_fault` returns what the library says against parameters; None if it takes them.
     """
-    for name, value in parameters.items():
-        fault = find_fault({name: value})
-        if fault is not None:
-            raise ConfigError(f"{name} of {model} is {value!r}: {fault}")
     fault = find_fault(parameters)
-    if fault is not None:
-        raise ConfigError(f"{model} with {dict(parameters)}: {fault}")
+    if fault is None:
+        return
+    for name, value in parameters.items():  # some are only right together
+        single_fault = find_fault({name: value})
+        if single_fault is not None:
+            raise ConfigError(f"{name} of {model} is {value!r}: {single_fault}")
+    raise ConfigError(f"{model} with {dict(parameters)}: {fault}")
 
 
 @contextmanager
