@@ -43,10 +43,27 @@ from qtorch.core.session import resolve_path
 from qtorch.core.trust import as_stored_text, locate
 from qtorch.trainer.segments import Calendars, resolve_segments
 
+log = logging.getLogger(__name__)
+
 ROOT_CONFIG = "train"
 HYDRA_MODES = ("run", "multirun", "cfg", "info", "shell_completion")  # of which Hydra accepts one
 # The values of `runner`: this machine, the workers of a task pool, or a fleet on this machine.
 LOCAL, POOL, FLEET = "local", "rm", "fleet"
+PORTFOLIO = "portfolio"  # settings that the records of record=full refer to
+# Other names under which users look for settings.
+USUAL_NAMES = {
+    "epochs": "trainer.max_epochs",
+    "n_epochs": "trainer.max_epochs",
+    "num_epochs": "trainer.max_epochs",
+    "batch_size": "model.batch.size",
+    "lr": "model.optimizer.lr",
+    "learning_rate": "model.optimizer.lr",
+    "gpus": "trainer.devices",
+    "gpu": "trainer.devices",
+    "loss": "model.loss",
+    "optimizer": "model.optimizer",
+    "network": "model.network",
+}
 READ_WHOLE = ("task", "hydra", "data", "dataset")  # by the command, with whatever keys they have
 MISSING_KEY = object()
 QUOTES = (
@@ -87,6 +104,7 @@ def compose_settings(root: str, argv: Sequence[str]) -> dict[str, Any]:
         discard_inherited_settings(config, overrides)
         check_added_keys(config, overrides)
         check_missing_values(config)
+        warn_of_unread_portfolio(config, overrides)
         settings: dict[str, Any] = resolve_config(config)
     check_values(settings)
     return settings
@@ -229,6 +247,14 @@ def check_added_keys(
         raise ConfigError(_unread_key_text(path, config))
 
 
+def warn_of_unread_portfolio(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Log a warning if an override sets up a portfolio that no record makes."""
+    keys = [word.partition("=")[0] for word in overrides if word.startswith(f"{PORTFOLIO}.")]
+    references = _find_references(OmegaConf.to_container(config, resolve=False))
+    if keys and all(reference[0] != PORTFOLIO for reference in references):
+        log.warning("%s changes nothing: add record=full, which makes a portfolio.", keys[0])
+
+
 def _is_option(config: DictConfig, override: Any) -> bool:
     """Whether an override chooses an option of a config group instead of setting a value."""
     key, value = override.key_or_group, override.value()
@@ -340,6 +366,7 @@ def _check_modes(modes: Mapping[str, str]) -> None:
 
 def _not_setting_text(word: str, next_words: Sequence[str], condition: str) -> str:
     key, equals, value = word.lstrip("-").partition("=")
+    key = USUAL_NAMES.get(key, key)
     if not equals and next_words and "=" not in next_words[0]:
         value = next_words[0]
     if next_words[:1] == ["="]:
@@ -466,6 +493,9 @@ def _unknown_key_text(key: str, argv: Sequence[str], root: str) -> str:
         [a for a in argv if not _is_override_for(a, key)], root, parents[:1] == ["hydra"]
     )
     places = [] if parents[:1] == ["hydra"] else find_keys(node, name)
+    usual = USUAL_NAMES.get(name)
+    if not places and usual is not None and OmegaConf.select(node, usual) is not None:
+        places = [usual]
     for depth, part in enumerate(parents, 1):
         has_part = isinstance(node, DictConfig) and part in node
         if has_part and OmegaConf.is_interpolation(node, part):
@@ -488,7 +518,22 @@ def _unknown_key_text(key: str, argv: Sequence[str], root: str) -> str:
         message = f"unknown {kind} {name!r}. Did you mean {' or '.join(places)}?"
     else:
         message = unknown_name_message(kind, name, [str(k) for k in node])
+        choices = _choices_with(key)
+        if choices:
+            return f"{message} It is an option of {' and '.join(choices)}."
     return f"{message} (To add a new option: +{key}=...)" if parents else message
+
+
+def _choices_with(key: str) -> list[str]:
+    """Return the choices of a config group, such as `data=table`, that have a setting."""
+    group, _, name = key.partition(".")
+    choices = []
+    for path in sorted(config_path().joinpath(group).glob("*.yaml")):
+        settings = OmegaConf.to_container(OmegaConf.load(path))
+        own = settings.get(group, settings) if isinstance(settings, Mapping) else {}
+        if name and isinstance(own, Mapping) and name in own:
+            choices.append(f"{group}={path.stem}")
+    return choices
 
 
 def find_keys(settings: Any, name: str, limit: int = 3) -> list[str]:

@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qtorch {qtorch.__version__}")
         return 0
     name, *command_arguments = arguments
+    if name == "--debug" and command_arguments:  # it may stand before the command, too
+        name, *command_arguments = [*command_arguments, name]
     if name not in COMMANDS:
         print(f"error: {unknown_name_message('command', name, COMMANDS)}", file=sys.stderr)
         return 2

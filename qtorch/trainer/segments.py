@@ -78,7 +78,8 @@ def check_fractions(segments: Mapping[str, Any]) -> None:
     if dates:
         raise ConfigError(
             f"segments must be all fractions or all dates; {', '.join(dates)} is not a fraction, "
-            "the others are."
+            "the others are. With dates, write all of them: segments.train=[FIRST,LAST] "
+            "segments.valid=[FIRST,LAST] segments.test=[FIRST,LAST]."
         )
     total = sum(float(v) for v in segments.values())
     if total > 1 + 1e-9 or any(not 0 < float(v) <= 1 for v in segments.values()):

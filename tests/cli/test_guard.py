@@ -126,7 +126,7 @@ def test_interruption_has_its_own_exit_code(capsys):
         (["predict", "rum=x"], 1, "Did you mean 'run'?"),
         (["predict", "nonsense"], 1, "invalid override"),
         (["train", "--model", "gru"], 1, "KEY=VALUE without dashes, such as model=gru"),
-        (["train", "--lr=3"], 1, "KEY=VALUE without dashes, such as lr=3"),
+        (["train", "--lr=3"], 1, "KEY=VALUE without dashes, such as model.optimizer.lr=3"),
         (
             ["train", "--multirun", "--cfg", "job"],
             1,
@@ -160,3 +160,9 @@ def test_command_messages_and_exit_codes(argv, code, message, capsys):
     assert message in output.out + output.err
     if code == 1:
         assert output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--debug", "train", "-x"], ["train", "-x", "--debug"]])
+def test_the_switch_for_tracebacks_may_stand_first_or_last(words, capsys):
+    assert main(words) == 1
+    assert "Traceback" in capsys.readouterr().err

@@ -204,12 +204,23 @@ def test_settings_that_a_new_class_does_not_take_are_left_out(overrides, expecte
         ("fleet.max_members=0", "fleet.max_members is 0; expected a whole number of at least 1"),
         ("runner=fleat", "unknown runner 'fleat'. Did you mean 'fleet'?"),
         ("task=5", "task is 5; expected a mapping"),
+        ("epochs=3", "unknown option 'epochs'. Did you mean trainer.max_epochs?"),
+        ("batch_size=3", "unknown option 'batch_size'. Did you mean model.batch.size?"),
+        ("data.path=bars.csv", "It is an option of data=table."),
+        ("data.provider_uri=bars", "It is an option of data=qlib"),
     ],
 )
 def test_settings_of_the_command_that_mean_nothing(override, message):
     with pytest.raises(ConfigError) as error:
         compose_settings("train", override.split())
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("record", ["signal", "full"])
+def test_settings_of_a_portfolio_need_the_record_that_makes_it(record, caplog):
+    compose_settings("train", ["debug=tiny", f"record={record}", "portfolio.topk=5"])
+    text = "portfolio.topk changes nothing: add record=full"
+    assert (text in caplog.text) == (record == "signal")
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,29 @@ def test_wrong_arguments_of_a_named_function_are_refused():
         build_loss({"_target_": f"{__name__}.power_error", "powr": 3})
 
 
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda score, target: 0.5, "returns a float; expected a tensor"),
+        (lambda score, target: (score - target) ** 2, r"shape \[8\]; expected the mean"),
+        (lambda score, target: (score - target).detach().mean(), "without a gradient"),
+        (lambda score, target, weight: weight.mean(), "without a gradient"),
+        (nn.MSELoss(reduction="none"), r"the loss MSELoss returns a tensor of shape \[8\]"),
+    ],
+)
+def test_what_a_loss_returns_is_checked_before_data_are_read(loss, message):
+    with pytest.raises(ConfigError, match=message):
+        build_loss(loss)
+
+
+def test_a_loss_that_needs_whole_days_is_not_refused():
+    def day_loss(score, target):
+        days, instruments = score.shape
+        return (score - target).square().sum() / (days * instruments)
+
+    assert build_loss(day_loss) is day_loss
+
+
 def test_own_loss_in_a_sum(dataset):
     spec = {"own": {"loss": WeightedError(), "weight": 0.5}, "mse": 0.5}
     expected = fit_model(dataset, loss="mse", batch=DAYS)

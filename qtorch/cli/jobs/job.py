@@ -23,6 +23,7 @@ from qtorch.cli.compose import (
     check_values,
     discard_inherited_settings,
     translate_hydra_errors,
+    warn_of_unread_portfolio,
 )
 from qtorch.cli.guard import error_line
 from qtorch.cli.jobs.finished_jobs import use_hydra_config
@@ -96,7 +97,8 @@ def _run(config: DictConfig, result: JobResult, folder: Path) -> None:
     except Exception as error:
         record_failure(result, error)
         command_results.store(result, folder)
-        print_failure(result)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # else the command ends with this error
+            print_failure(result)
         return
     collected = _collected_requests.get()
     if collected is not None:
@@ -167,6 +169,7 @@ def _validate_settings(config: DictConfig) -> dict[str, Any]:
         discard_inherited_settings(config, overrides)
         check_added_keys(config, overrides, OmegaConf.to_container(hydra_config, resolve=False))
         check_missing_values(config)
+        warn_of_unread_portfolio(config, overrides)
         settings: dict[str, Any] = complete_tree(resolve_config(config))
     check_values(settings)
     return settings

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from typing import Any, cast
@@ -97,7 +98,34 @@ def _build_function_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
             "takes the scores and the labels of a batch, and weight and mask if it has arguments "
             "of these names, and returns a scalar."
         ) from error
+    _check_result(loss, keywords)
     return FunctionLoss(loss, keywords) if keywords else loss
+
+
+def _check_result(loss: Callable[..., Any], keywords: Sequence[str]) -> None:
+    """Raise ConfigError if a loss of a few samples is no scalar that depends on their scores.
+
+    A loss that fails on them may need more samples, or whole days.
+    """
+    score = torch.linspace(-1, 1, 8, requires_grad=True)
+    ones = {"weight": torch.ones(8), "mask": torch.ones(8, dtype=torch.bool)}
+    with torch.random.fork_rng(devices=[]):
+        try:
+            result = copy.deepcopy(loss)(
+                score, torch.linspace(1, 2, 8), **{name: ones[name] for name in keywords}
+            )
+        except Exception:
+            return
+    if not isinstance(result, torch.Tensor):
+        fault = f"a {type(result).__name__}; expected a tensor"
+    elif result.numel() != 1:
+        fault = f"a tensor of shape {list(result.shape)}; expected the mean of the batch"
+    elif not result.requires_grad:
+        fault = "a tensor without a gradient; expected one that is computed from the scores"
+    else:
+        return
+    name = getattr(loss, "__name__", type(loss).__name__)
+    raise ConfigError(f"the loss {name} returns {fault}.")
 
 
 def _build_combined_loss(spec: Mapping[Any, Any]) -> Combined:
