@@ -518,13 +518,13 @@ def _unknown_key_text(key: str, argv: Sequence[str], root: str) -> str:
         message = f"unknown {kind} {name!r}. Did you mean {' or '.join(places)}?"
     else:
         message = unknown_name_message(kind, name, [str(k) for k in node])
-        choices = _choices_with(key)
+        choices = _find_choices(key)
         if choices:
             return f"{message} It is an option of {' and '.join(choices)}."
     return f"{message} (To add a new option: +{key}=...)" if parents else message
 
 
-def _choices_with(key: str) -> list[str]:
+def _find_choices(key: str) -> list[str]:
     """Return the choices of a config group, such as `data=table`, that have a setting."""
     group, _, name = key.partition(".")
     choices = []
