@@ -120,7 +120,7 @@ def select_label(label: pd.DataFrame, position: int) -> pd.Series:
     return column
 
 
-def _why_undefined(score: pd.Series) -> str:
+def _explain_missing_ic(score: pd.Series) -> str:
     """Return why no day has an IC, as a sentence that says what to do."""
     scores_by_day = score.groupby(level="datetime")
     if scores_by_day.count().max() > 1 and scores_by_day.nunique().max() == 1:
@@ -181,7 +181,7 @@ class SigAnaRecord(Record):
         label = select_label(self.load("label.pkl"), self.label_col)
         ic, rank_ic = calc_ic(score, label)
         if ic.isna().all():
-            raise RecordError(f"the IC is undefined on all {len(ic)} days: {_why_undefined(score)}")
+            raise RecordError(f"the IC is undefined on all {len(ic)} days: {_explain_missing_ic(score)}")
         metrics = ic_figures(ic, rank_ic)
         series = {"ic.pkl": ic, "ric.pkl": rank_ic}
         if self.ana_long_short:

@@ -119,13 +119,11 @@ class _Moments:
     def add(self, rows: Rows) -> None:
         for start in range(0, len(rows), CHUNK_SIZE):
             chunk = slice(start, start + CHUNK_SIZE)
-            x, y = rows.x[chunk], rows.y[chunk]
-            weight = None if rows.weight is None else rows.weight[chunk]
-            is_complete = ~np.isnan(x).any(axis=1)
-            if not is_complete.all():
-                x, y = x[is_complete], y[is_complete]
-                weight = None if weight is None else weight[is_complete]
-            x, y = x.astype(np.float64), y.astype(np.float64)
+            is_complete = ~np.isnan(rows.x[chunk]).any(axis=1)
+            chosen = slice(None) if is_complete.all() else is_complete
+            x = rows.x[chunk][chosen].astype(np.float64)
+            y = rows.y[chunk][chosen].astype(np.float64)
+            weight = None if rows.weight is None else rows.weight[chunk][chosen]
             # Without weights numpy computes one half of the symmetric product.
             weighted_x = x if weight is None else x * weight[:, None]
             self.xx += weighted_x.T @ x
