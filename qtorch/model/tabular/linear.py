@@ -43,8 +43,9 @@ class LinearModel(TabularModel):
         include_valid: bool = False,
     ) -> None:
         check_name("estimator", estimator, ESTIMATORS)
-        if not isinstance(alpha, Real):
-            raise ConfigError(f"alpha is {alpha!r}; expected a number.")
+        value: Any = alpha  # a configuration may hold something else
+        if not isinstance(value, Real):
+            raise ConfigError(f"alpha is {value!r}; expected a number.")
         if alpha < 0 or (alpha and estimator not in ("ridge", "lasso")):
             raise ConfigError(
                 f"alpha={alpha} with estimator={estimator!r}: only ridge and lasso use it, >= 0."
