@@ -17,7 +17,12 @@ from qtorch.core.errors import ConfigError, refuse_old_names
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.ic import ICMeter
-from qtorch.metrics.loss import BaseLoss, mean_from_sums
+from qtorch.metrics.loss import (
+    BaseLoss,
+    LabeledScores,
+    mean_from_sums,
+    takes_labeled_scores,
+)
 from qtorch.model.loop.day_label import DayLabel
 from qtorch.model.loop.factories import OptimizerFactory, build_factory
 from qtorch.model.loop.loader import SingleStep, StepBatches, StepLoader, unpack_batches
@@ -169,6 +174,10 @@ class ScoreModule(pl.LightningModule):
                 weight = self.loss.sums(score, torch.zeros_like(target), complete=True)[1] * 0
             return score.sum() * 0.0, weight
         if isinstance(self.loss, BaseLoss):
+            if complete and batch.weight is None and batch.mask is not None:
+                sums = self._padded_loss_sums(score, target, batch)
+                if sums is not None:
+                    return sums
             return self.loss.sums(score, target, batch.weight, batch.mask, complete=is_complete)
         if not is_unweighted:
             raise ConfigError(
@@ -180,6 +189,20 @@ class ScoreModule(pl.LightningModule):
         if score.shape != target.shape:
             raise ValueError(f"score {list(score.shape)}, but target {list(target.shape)}.")
         return self.loss(score, target) * len(score), len(score)
+
+    def _padded_loss_sums(
+        self, score: Tensor, target: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor | int] | None:
+        """Return the sums of a batch in which only padding lacks labels, or None.
+
+        The host knows how many labels there are, so that nothing has to count them. On several
+        ranks the weights must be tensors, because each counts its own days.
+        """
+        if self.ranks.size > 1 or not takes_labeled_scores(self.loss):
+            return None
+        num_labels = batch.num_samples * (target.numel() // batch.date.numel())
+        labeled = LabeledScores(score, target, None, batch.mask, num_labels)
+        return self.loss.compute_sums(labeled)
 
     @classmethod
     def prepare_prediction(

@@ -305,8 +305,10 @@ class Training:
         """Whether no training label is missing, so that losses can skip masking.
 
         A Combined loss that sums over the ranks cannot: every rank has to take part in its sums,
-        a rank with a dummy batch too.
+        a rank with a dummy batch too. A `day_label` may drop labels.
         """
+        if self.recipe.day_label is not None:
+            return False
         if isinstance(loss, Combined) and loss.sum_over_ranks is not None:
             return False
         return self.train.target is not None and not bool(self.train.target.isnan().any())
