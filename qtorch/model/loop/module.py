@@ -175,7 +175,7 @@ class ScoreModule(pl.LightningModule):
             return score.sum() * 0.0, weight
         if isinstance(self.loss, BaseLoss):
             if complete and batch.weight is None and batch.mask is not None:
-                sums = self._padded_loss_sums(score, target, batch)
+                sums = self._sum_padded_losses(score, target, batch)
                 if sums is not None:
                     return sums
             return self.loss.sums(score, target, batch.weight, batch.mask, complete=is_complete)
@@ -190,7 +190,7 @@ class ScoreModule(pl.LightningModule):
             raise ValueError(f"score {list(score.shape)}, but target {list(target.shape)}.")
         return self.loss(score, target) * len(score), len(score)
 
-    def _padded_loss_sums(
+    def _sum_padded_losses(
         self, score: Tensor, target: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor | int] | None:
         """Return the sums of a batch in which only padding lacks labels, or None.
