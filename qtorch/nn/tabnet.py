@@ -313,7 +313,7 @@ class NormParts:
         return self._exchange(rows, -1, self.num_parts) if self.is_alternating else rows
 
     def _exchange(self, rows: Tensor, *sizes: int) -> Tensor:
-        return rows.unflatten(0, sizes).transpose(0, 1).flatten(0, 1)
+        return rows.reshape(*sizes, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)
 
     def normalize(self, norm: GhostNorm, x: Tensor) -> Tensor:
         """Normalize the rows `x [B, C]` of all parts, and keep the statistics of each part."""
@@ -331,7 +331,7 @@ class NormParts:
         running = [t for bn in self._norms for t in (bn.running_mean, bn.running_var)]
         for part in range(self.num_parts):
             values = [
-                statistics.unflatten(0, (self.num_parts, -1))[part]
+                statistics.view(self.num_parts, -1)[part]
                 for pair in zip(self._means, self._variances, strict=True)
                 for statistics in pair
             ]
@@ -365,7 +365,7 @@ def _move_all(tensors: list[Tensor], values: list[Tensor], share: float) -> None
 
 def _repeat_all(count: int, tensors: list[Tensor]) -> tuple[Tensor, ...]:
     """Return each tensor `[C]` repeated, `[count * C]`."""
-    return _RepeatAll.apply(count, *tensors)  # type: ignore[no-untyped-call, no-any-return]  # untyped in torch
+    return _RepeatAll.apply(count, *tensors)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 class _RepeatAll(torch.autograd.Function):
@@ -384,7 +384,7 @@ class _RepeatAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        parts = [gradient.unflatten(0, (ctx.count, -1)) for gradient in gradients]
+        parts = [gradient.reshape(ctx.count, -1) for gradient in gradients]
         sums = torch.cat(parts, 1).sum(0)
         return None, *torch.split(sums, [part.shape[1] for part in parts])
 

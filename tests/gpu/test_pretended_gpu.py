@@ -190,6 +190,7 @@ GPU_TESTS = [
     "tests/data/handler/test_feature_device.py",
     "tests/metrics/test_ic.py",
     "tests/model/test_cuda.py",
+    "tests/model/test_cuda_graph.py",
 ]
 
 

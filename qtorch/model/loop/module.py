@@ -23,6 +23,7 @@ from qtorch.metrics.loss import (
     mean_from_sums,
     takes_labeled_scores,
 )
+from qtorch.model.devices.step_graph import GraphedStep
 from qtorch.model.loop.day_label import DayLabel
 from qtorch.model.loop.factories import OptimizerFactory, build_factory
 from qtorch.model.loop.loader import SingleStep, StepBatches, StepLoader, unpack_batches
@@ -132,6 +133,7 @@ class ScoreModule(pl.LightningModule):
         self.day_label = day_label
         self.pretraining_epochs = 0
         self.accumulator, self.valid_accumulator = LossAccumulator(), LossAccumulator()
+        self.graphed_step = GraphedStep(mode=False, obstacle=None)
 
     # -- one batch -----------------------------------------------------------------------------
 
@@ -274,9 +276,12 @@ class ScoreModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self._set_optimizer_mode("train")
+        if self.graphed_step.is_on:
+            self._record_step()
 
     def on_train_end(self) -> None:
         self._set_optimizer_mode("eval")
+        self.graphed_step.release()  # before the weights that it uses are moved
 
     def _set_optimizer_mode(self, mode: Literal["train", "eval"]) -> None:
         """Switch the weights of schedule-free optimizers between training and evaluation."""
@@ -288,6 +293,7 @@ class ScoreModule(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         self.accumulator.reset(self.device)
         self.accumulator.clear_metrics()
+        self.graphed_step.begin_epoch()
 
     def training_step(self, batches: StepBatches | Batch) -> Tensor | None:
         """Train on the batches; return the loss of a single one, for the hooks of callbacks."""
@@ -303,14 +309,21 @@ class ScoreModule(pl.LightningModule):
         accumulator, weight_update, loss, divisor = self.accumulator, self.weight_update, None, 1
         weight_update.begin(is_pretraining=self.is_pretraining)
         for batch in steps:
-            total, weight = self.training_sums(batch)
-            loss, divisor = self._loss_and_divisor(total, weight, batch)
-            is_updated = weight_update.add(
-                loss,
-                divisor=divisor,
-                is_epoch_end=steps.is_epoch_end,
-                compute_again=partial(self._batch_loss, batch),
-            )
+            sums = self.graphed_step.run(batch)
+            if sums is None:
+                total, weight = self.training_sums(batch)
+                loss, divisor = self._loss_and_divisor(total, weight, batch)
+                is_updated = weight_update.add(
+                    loss,
+                    divisor=divisor,
+                    is_epoch_end=steps.is_epoch_end,
+                    compute_again=partial(self._batch_loss, batch),
+                )
+            else:
+                total, weight = sums
+                loss, divisor = self._loss_and_divisor(total, weight, batch)
+                weight_update.count_update()
+                is_updated = True
             accumulator.add(total.detach(), weight)
             if not is_updated:
                 continue
@@ -319,6 +332,22 @@ class ScoreModule(pl.LightningModule):
             if self.is_stop_requested() and not steps.is_last:
                 break
         return None if loss is None else loss.detach() / divisor
+
+    def _record_step(self) -> None:
+        """Record the training step as a CUDA graph, if that is possible."""
+        if not self.weight_update.bypass_hooks:
+            self.graphed_step.refuse("hooks between backward and optimizer step")
+            return
+        self.weight_update.begin(is_pretraining=False)
+        optimizer: Any = self.weight_update.optimizer.optimizer
+        loader: Any = self.trainer.train_dataloader
+        self.graphed_step.record(self._run_step_on_device, self, optimizer, loader.load_usual_batch)
+
+    def _run_step_on_device(self, batch: Batch) -> tuple[Tensor, Tensor | int]:
+        """Train on a batch; return its loss sum and weight sum, which nothing counts."""
+        total, weight = self.training_sums(batch)
+        self.weight_update.run_on_device(*self._loss_and_divisor(total, weight, batch))
+        return total.detach(), weight
 
     def _batch_loss(self, batch: Batch) -> Tensor:
         return self._rank_loss(*self.training_sums(batch), batch)

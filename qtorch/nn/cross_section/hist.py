@@ -122,9 +122,8 @@ def _attend_to_concepts(
     """
     with torch.autocast(state.device.type, enabled=False):
         precision = torch.promote_types(state.dtype, torch.float32)
-        return _ConceptAttention.apply(state.to(precision), member.to(precision), is_empty, length)[
-            0
-        ]  # type: ignore[no-untyped-call]  # untyped in torch
+        state, member = state.to(precision), member.to(precision)
+        return _ConceptAttention.apply(state, member, is_empty, length)[0]  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 class _ConceptAttention(torch.autograd.Function):
