@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import ClassVar, cast
+from typing import Any, ClassVar, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,14 +67,24 @@ class BaseLoss(nn.Module, ABC):
 class LabeledScores:
     """Scores and labels of a batch, 0 where an element has no label or is not in the mask.
 
-    `valid` says which elements have one. The parts of a sum of losses share them.
+    `valid` says which elements have one. The parts of a sum of losses share them. `num_labels` is
+    the caller's promise that every element in the mask has a label, and that it is their number.
     """
 
     def __init__(
-        self, score: Tensor, target: Tensor, weight: Tensor | None, mask: Tensor | None
+        self,
+        score: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        num_labels: int | None = None,
     ) -> None:
         score = validate_score(score, target)
-        self.valid, self.weight = has_label(target, mask), weight
+        if num_labels is None or mask is None:
+            self.valid = has_label(target, mask)
+        else:
+            self.valid = broadcast_weight(mask, target, "mask").expand_as(target)
+        self.weight, self._num_labels = weight, num_labels
         self._weight_dtype = _weight_dtype(target)
         is_missing = ~self.valid
         # Replace NaN before the loss is computed: a NaN times zero still has a NaN gradient.
@@ -87,8 +97,10 @@ class LabeledScores:
         return _weights(self.valid, self.weight, self._weight_dtype)
 
     @cached_property
-    def count(self) -> Tensor:
+    def count(self) -> Tensor | int:
         """The number of elements with a label."""
+        if self._num_labels is not None:
+            return self._num_labels
         return self.valid.sum(dtype=self._weight_dtype)
 
 
@@ -107,7 +119,7 @@ class LabeledLoss(BaseLoss):
         return self.compute_sums(LabeledScores(score, target, weight, mask))
 
     @abstractmethod
-    def compute_sums(self, labeled: LabeledScores) -> tuple[Tensor, Tensor]:
+    def compute_sums(self, labeled: LabeledScores) -> tuple[Tensor, Tensor | int]:
         """Return `(sum of weight x loss, sum of weight)`."""
 
 
@@ -174,7 +186,7 @@ class Loss(LabeledLoss):
         score = validate_score(score, target)
         return self.total(score, target.to(score.dtype)), target.numel()
 
-    def compute_sums(self, labeled: LabeledScores) -> tuple[Tensor, Tensor]:
+    def compute_sums(self, labeled: LabeledScores) -> tuple[Tensor, Tensor | int]:
         if labeled.weight is None and vars(type(self)).get("is_zero_without_error", False):
             return self.total(labeled.score, labeled.target), labeled.count
         losses = self.elementwise(labeled.score, labeled.target)
@@ -343,26 +355,37 @@ class Combined(BaseLoss):
             part_sums, count = self._part_sums(score, target, weight, mask)
         if self.sum_over_ranks is not None and self.training:
             return self._sum_over_ranks(part_sums, count), count
+        return self._add_means(part_sums, count), count
+
+    def compute_sums(self, labeled: LabeledScores) -> tuple[Tensor, Tensor | int]:
+        """Return the sums of parts that are all computed from `LabeledScores`."""
+        part_sums = [cast(LabeledLoss, loss).compute_sums(labeled) for loss in self._losses()]
+        return self._add_means(part_sums, labeled.count), labeled.count
+
+    def _add_means(
+        self, part_sums: Sequence[tuple[Tensor, Tensor | int]], count: Tensor | int
+    ) -> Tensor:
+        """Return the weighted sum of the parts' means, times `count`."""
         result: Tensor | None = None
         for share, sums in zip(self.shares, part_sums, strict=True):
             result = _add_scaled_mean(result, share, *sums, count)
         assert result is not None
-        return result, count
+        return result
 
     def _losses(self) -> list[BaseLoss]:
         return [cast(BaseLoss, loss) for loss in self.parts]
 
     def _part_sums(
         self, score: Tensor, target: Tensor, weight: Tensor | None, mask: Tensor | None
-    ) -> tuple[list[tuple[Tensor, Tensor | int]], Tensor]:
+    ) -> tuple[list[tuple[Tensor, Tensor | int]], Tensor | int]:
         """Return the sums of each part, and the number of elements with a label."""
-        if not any(map(_takes_labeled_scores, self._losses())):
+        if not any(map(takes_labeled_scores, self._losses())):
             sums = [loss.sums(score, target, weight, mask) for loss in self._losses()]
             return sums, has_label(target, mask).sum()
         labeled = LabeledScores(score, target, weight, mask)
         sums = [
             cast(LabeledLoss, loss).compute_sums(labeled)
-            if _takes_labeled_scores(loss)
+            if takes_labeled_scores(loss)
             else loss.sums(score, target, weight, mask)
             for loss in self._losses()
         ]
@@ -473,8 +496,27 @@ class Pairwise(DayLoss):
     def day_losses(self, score: Tensor, target: Tensor, valid: Tensor, weight: Tensor) -> Tensor:
         above = target[:, :, None] > target[:, None, :]
         share = weight[:, :, None] * weight[:, None, :] * above
-        loss = F.softplus(score[:, None, :] - score[:, :, None])
+        difference = _PairDifferences.apply(score)  # type: ignore[no-untyped-call]  # untyped in torch
+        loss = F.softplus(difference)
         return (loss * share).sum((1, 2)) / share.sum((1, 2)).clamp_min(1e-12)
+
+
+class _PairDifferences(torch.autograd.Function):
+    """`score[:, j] - score[:, i]` of each pair `[R, N, N]`; its gradient negates no matrix."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(score: Tensor) -> Tensor:
+        return score[:, None, :] - score[:, :, None]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.sum(1) - gradient.sum(2)
 
 
 class ListNet(DayLoss):
@@ -545,14 +587,18 @@ def _add_scaled_mean(
         total = mean_from_sums(total, torch.as_tensor(weight_sum))
         if result is not None and isinstance(count, Tensor):
             return torch.addcmul(result, total, count.to(total.dtype), value=share)
+        if result is not None and isinstance(count, int):
+            return torch.add(result, total, alpha=share * count)
         total = total * count
     total = total if share == 1 else share * total
     return total if result is None else result + total
 
 
-def _takes_labeled_scores(loss: BaseLoss) -> bool:
-    """Whether a loss is computed from `LabeledScores`: it has no `sums` of its own."""
-    return type(loss).sums in (LabeledLoss.sums, Loss.sums)
+def takes_labeled_scores(loss: Any) -> TypeGuard[LabeledLoss | Combined]:
+    """Whether a loss, or each part of a sum, has no `sums` of its own but `compute_sums`."""
+    if isinstance(loss, Combined):
+        return all(map(takes_labeled_scores, loss.parts))
+    return isinstance(loss, LabeledLoss) and type(loss).sums in (LabeledLoss.sums, Loss.sums)
 
 
 def mean_from_sums(total: Tensor, weight_sum: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from qtorch.metrics.loss import BaseLoss
 from qtorch.model.base import ModelFT
 from qtorch.model.devices.numerics import check_matmul_precision, numerical_settings
 from qtorch.model.devices.ranks import check_devices
+from qtorch.model.devices.step_graph import GraphMode, check_cuda_graph
 from qtorch.model.finetune import (
     FineTuning,
     InitialWeights,
@@ -144,6 +145,11 @@ class LightningModel(ModelFT):
     batches.
     `inner_steps`: batches per Lightning training_step; the numbers do not depend on it.
     `compile`: True or the arguments of torch.compile.
+    `cuda_graph`: "auto" records the training step on a GPU as a CUDA graph, whose replay takes less
+    of the host's time, compares it with ordinary steps before the first one, and keeps to those if
+    it differs or is not possible (a line in the log says why, and `fit_report_` whether it was
+    used). True raises ConfigError instead, and accepts a network and a loss of the user's own: what
+    they do on the host must be the same in each step.
     `matmul_precision`: "highest", "high" or "medium" of torch.set_float32_matmul_precision, in fits
     and predictions. On a GPU "high" computes matrix products and cuDNN's layers with TensorFloat-32
     and "highest" neither of them. None leaves torch's settings unchanged.
@@ -179,6 +185,7 @@ class LightningModel(ModelFT):
         day_label: Mapping[str, Any] | None = None,
         inner_steps: int | Literal["auto"] = "auto",
         compile: bool | Mapping[str, Any] = False,
+        cuda_graph: GraphMode = False,
         matmul_precision: str | None = None,
         init_from: str | None = None,
         allow_nonfinite: bool = False,
@@ -195,8 +202,9 @@ class LightningModel(ModelFT):
         self.callbacks = component_list(callbacks)
         self.module, self.day_label = module, day_label
         self.inner_steps, self.compile, self.seed = inner_steps, compile, seed
+        check_cuda_graph(cuda_graph)
         check_matmul_precision(matmul_precision)
-        self.matmul_precision = matmul_precision
+        self.cuda_graph, self.matmul_precision = cuda_graph, matmul_precision
         check_initial_run(init_from)
         self.init_from, self.allow_nonfinite = init_from, allow_nonfinite
         # Fail now on a wrong name, not after loading data.
@@ -505,6 +513,7 @@ class LightningModel(ModelFT):
             compile=dict(self.compile) if isinstance(self.compile, Mapping) else self.compile,
             seed=seed,
             matmul_precision=self.matmul_precision,
+            cuda_graph=self.cuda_graph,
         )
 
     # -- scoring -------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qtorch.data.dataset.samples import Samples
+from qtorch.model.devices.step_graph import GraphMode
 from qtorch.model.loop.day_label import DayLabel
 from qtorch.model.loop.factories import Spec
 from qtorch.model.loop.options import TrainerOptions
@@ -34,6 +35,7 @@ class Recipe:
     compile: bool | dict[str, Any]
     seed: int
     matmul_precision: str | None = None
+    cuda_graph: GraphMode = False
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -69,38 +70,48 @@ class TabNet(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x [B, F * T]` to scores `[B]` or `[B, Q]`."""
-        return self.scores(self.fc_out(self.encode_and_select(x)[0]))
+        return self.scores(self.fc_out(self.encode_rows(x)))
 
-    def encode(self, x: Tensor, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the encoding `[B, out_dim]` of rows `x [B, F]`, and the entropy `[B]` of the
-        selection masks (mean over steps).
+    def encode_rows(self, x: Tensor, prior: Tensor | None = None) -> Tensor:
+        """Return the encoding `[B, out_dim]` of rows `x [B, F]`.
 
         `prior [B, F]` scales how strongly each feature may be selected (None: all 1).
         """
-        encoding, selection = self.encode_and_select(x, prior)
-        masks = torch.stack(selection)  # [steps, B, F]
-        return encoding, -(masks * (masks + 1e-10).log()).sum(-1).mean(0)
+        return self._encode(x, prior)[0]
 
-    def encode_and_select(
-        self, x: Tensor, prior: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the encoding as `encode` does, and the selection mask `[B, F]` of each step."""
-        x = self.bn(x)
-        count_norm_batches(self, x.shape[0])
+    def encode(self, x: Tensor, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the encoding of `encode_rows`, and the entropy `[B]` of the selection masks.
+
+        It is the mean over steps.
+        """
+        encoding, selections, parts = self._encode(x, prior)
+        masks = torch.stack(selections)  # [steps, B, F]
+        return encoding, parts.separate(-(masks * (masks + 1e-10).log()).sum(-1).mean(0))
+
+    def _encode(self, x: Tensor, prior: Tensor | None) -> tuple[Tensor, list[Tensor], NormParts]:
+        """Return the encoding, the selection mask of each step, and the parts of the batch.
+
+        The rows of the masks are in the order of the parts.
+        """
+        parts = NormParts.of_batch(self, x.shape[0])
+        x = parts.alternate(self.bn(x))
+        prior = None if prior is None else parts.alternate(prior)
         shares = sum_shares(x)
         first_layers, *layers = split_layer_uses(self.shared, 1 + len(self.steps))
-        attention_input = self.first_step(x, first_layers)[:, self.n_d :]
+        attention_input = self.first_step(x, first_layers, parts)[:, self.n_d :]
         decisions: list[Tensor] = []
         selections: list[Tensor] = []
         for step, step_layers in zip(self.steps, layers, strict=True):
             if selections and self.relax is not None:
                 unused = self.relax - selections[-1]
                 prior = unused if prior is None else prior * unused
-            selection, hidden = step(x, attention_input, prior, step_layers, shares)
+            selection, hidden = step(x, attention_input, prior, step_layers, shares, parts)
             decision, attention_input = hidden.split((self.n_d, hidden.shape[-1] - self.n_d), -1)
             decisions.append(decision)
             selections.append(selection)
-        return self.fc(F.relu(torch.stack(decisions)).sum(0)), selections
+        parts.update_statistics()
+        encoding = self.fc(F.relu(torch.stack(decisions)).sum(0))
+        return parts.separate(encoding), selections, parts
 
     def decoder(self) -> TabNetDecoder:
         """Return a new decoder for the outputs of `encode`."""
@@ -124,9 +135,10 @@ class DecisionStep(nn.Module):
         prior: Tensor | None,
         shared: list[LinearWeights],
         shares: Tensor | None,
+        parts: NormParts,
     ) -> tuple[Tensor, Tensor]:
-        selection = self.atten_tran(attention_input, prior, shares)
-        return selection, self.fea_tran(x * selection, shared)
+        selection = self.atten_tran(attention_input, prior, shares, parts)
+        return selection, self.fea_tran(x * selection, shared, parts)
 
 
 class FeatureTransformer(nn.Module):
@@ -141,11 +153,11 @@ class FeatureTransformer(nn.Module):
             GLU(first_size if k == 0 else width, width, vbs) for k in range(n_ind)
         )
 
-    def forward(self, x: Tensor, shared: list[LinearWeights]) -> Tensor:
+    def forward(self, x: Tensor, shared: list[LinearWeights], parts: NormParts) -> Tensor:
         """Map `x [B, in_size]` to `[B, width]`; `shared` are the linear layers of all steps."""
         linear = [*shared, *(_get_weights(glu.fc) for glu in self.independ)]
         for k, glu in enumerate((*self.shared, *self.independ)):
-            hidden = glu(F.linear(x, *linear[k]))
+            hidden = glu(F.linear(x, *linear[k]), parts)
             x = hidden if k == 0 else (x + hidden) * 0.5**0.5
         return x
 
@@ -161,8 +173,10 @@ class AttentiveTransformer(nn.Module):
         self.fc = nn.Linear(n_a, d_feat)
         self.bn = GhostNorm(d_feat, vbs)
 
-    def forward(self, x: Tensor, prior: Tensor | None, shares: Tensor | None = None) -> Tensor:
-        scores = self.bn(self.fc(x))
+    def forward(
+        self, x: Tensor, prior: Tensor | None, shares: Tensor | None, parts: NormParts
+    ) -> Tensor:
+        scores = self.bn(self.fc(x), parts)
         return sparsemax(scores if prior is None else scores * prior, shares)
 
 
@@ -182,10 +196,13 @@ class TabNetDecoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        count_norm_batches(self, x.shape[0])
+        parts = NormParts.of_batch(self, x.shape[0])
+        x = parts.alternate(x)
         layers = split_layer_uses(self.shared, len(self.steps))
         steps = zip(self.steps, layers, strict=True)
-        return torch.stack([step(x, shared) for step, shared in steps]).sum(0)
+        output = torch.stack([step(x, shared, parts) for step, shared in steps]).sum(0)
+        parts.update_statistics()
+        return parts.separate(output)
 
 
 class DecoderStep(nn.Module):
@@ -196,8 +213,8 @@ class DecoderStep(nn.Module):
         self.fea_tran = FeatureTransformer(in_size, d_feat, n_shared, n_ind, vbs)
         self.fc = nn.Linear(d_feat, d_feat)
 
-    def forward(self, x: Tensor, shared: list[LinearWeights]) -> Tensor:
-        return self.fc(self.fea_tran(x, shared))
+    def forward(self, x: Tensor, shared: list[LinearWeights], parts: NormParts) -> Tensor:
+        return self.fc(self.fea_tran(x, shared, parts))
 
 
 class GLU(nn.Module):
@@ -208,16 +225,16 @@ class GLU(nn.Module):
         self.fc = None if in_size is None else nn.Linear(in_size, 2 * width)
         self.bn = GhostNorm(2 * width, vbs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, parts: NormParts) -> Tensor:
         """Map the linear layer's output `[B, 2 * width]` to `[B, width]`."""
-        return F.glu(self.bn(x), -1)
+        return F.glu(self.bn(x, parts), -1)
 
 
 class GhostNorm(nn.Module):
     """Batch normalization of equal parts of a batch, of at least `vbs` samples, separately.
 
     Hoffer et al., "Train longer, generalize better", NeurIPS 2017. The running statistics are
-    used in evaluation and for a batch of one sample. `count_norm_batches` counts the parts.
+    used in evaluation and for a batch of one sample. `NormParts` counts the parts.
     """
 
     def __init__(self, width: int, vbs: int) -> None:
@@ -229,11 +246,13 @@ class GhostNorm(nn.Module):
 
     def num_parts(self, num_samples: int) -> int:
         """Return how many parts of a training batch are normalized separately."""
-        return max(1, num_samples // self.vbs)
+        return max(1, num_samples // self.vbs) if self.training else 1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, parts: NormParts) -> Tensor:
+        if parts.is_alternating:
+            return parts.normalize(self, x)
         count = x.shape[0]  # torch.export would treat len(x) as a constant
-        num_parts = self.num_parts(count) if self.training else 1
+        num_parts = self.num_parts(count)
         if num_parts < 2:
             return self._normalize(x)
         size, num_larger = divmod(count, num_parts)
@@ -249,22 +268,125 @@ class GhostNorm(nn.Module):
         )  # fmt: skip
 
 
-def count_norm_batches(network: nn.Module, num_samples: int) -> None:
-    """Count a training batch in each GhostNorm of a network, by one operation for all of them."""
-    if not network.training or num_samples < 2:
-        return
-    counters: dict[int, list[Tensor]] = {}
-    for norm in network.modules():
-        if isinstance(norm, GhostNorm):
-            assert norm.bn.num_batches_tracked is not None
-            parts = counters.setdefault(norm.num_parts(num_samples), [])
-            parts.append(norm.bn.num_batches_tracked)
-    for num_parts, tensors in counters.items():
-        if is_stacked():  # vmap has no operation for several tensors
-            for tensor in tensors:
-                tensor.add_(num_parts)
-        else:
-            torch._foreach_add_(tensors, num_parts)
+class NormParts:
+    """The parts of a batch that the ghost norms of a network normalize separately.
+
+    If P > 1 parts have equal sizes, their rows alternate (`is_alternating`): row k is one of part
+    k % P. Seen as `[B / P, P * C]`, the rows of all parts are then normalized by one operation.
+    """
+
+    def __init__(self, norms: list[GhostNorm], num_parts: int) -> None:
+        self.num_parts, self.is_alternating = num_parts, bool(norms) and num_parts > 1
+        if not self.is_alternating:
+            return
+        self._norms = [norm.bn for norm in norms]
+        weights = _repeat_all(num_parts, [bn.weight for bn in self._norms])
+        biases = _repeat_all(num_parts, [bn.bias for bn in self._norms])
+        sizes = [num_parts * bn.num_features for bn in self._norms]
+        assert self._norms[0].running_mean is not None
+        statistics = _zeros_of_sizes(self._norms[0].running_mean, [*sizes, *sizes])
+        self._means, self._variances = statistics[: len(sizes)], statistics[len(sizes) :]
+        self._arguments = {
+            id(norm): arguments
+            for norm, *arguments in zip(
+                norms, self._means, self._variances, weights, biases, strict=True
+            )
+        }
+
+    @classmethod
+    def of_batch(cls, network: nn.Module, num_samples: int) -> NormParts:
+        """Return the parts of a batch, and count them in each norm of the network."""
+        if not network.training or num_samples < 2:
+            return cls([], 1)
+        norms = [module for module in network.modules() if isinstance(module, GhostNorm)]
+        num_parts = norms[0].num_parts(num_samples)  # they have one `vbs`
+        counters = [norm.bn.num_batches_tracked for norm in norms]
+        _add_to_all([c for c in counters if c is not None], num_parts)
+        return cls(norms if num_samples % num_parts == 0 else [], num_parts)
+
+    def alternate(self, rows: Tensor) -> Tensor:
+        """Return the rows `[B, ...]` of a batch in the order of the parts."""
+        return self._exchange(rows, self.num_parts, -1) if self.is_alternating else rows
+
+    def separate(self, rows: Tensor) -> Tensor:
+        """Return rows in their original order."""
+        return self._exchange(rows, -1, self.num_parts) if self.is_alternating else rows
+
+    def _exchange(self, rows: Tensor, *sizes: int) -> Tensor:
+        return rows.reshape(*sizes, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)
+
+    def normalize(self, norm: GhostNorm, x: Tensor) -> Tensor:
+        """Normalize the rows `x [B, C]` of all parts, and keep the statistics of each part."""
+        mean, variance, weight, bias = self._arguments[id(norm)]
+        rows = x.reshape(-1, self.num_parts * x.shape[-1])
+        momentum = 1.0  # so that the statistics are those of this batch
+        rows = F.batch_norm(rows, mean, variance, weight, bias, True, momentum, norm.bn.eps)
+        return rows.reshape(x.shape)
+
+    @torch.no_grad()
+    def update_statistics(self) -> None:
+        """Update the running statistics of each norm by those of the parts, one after another."""
+        if not self.is_alternating:
+            return
+        running = [t for bn in self._norms for t in (bn.running_mean, bn.running_var)]
+        for part in range(self.num_parts):
+            values = [
+                statistics.view(self.num_parts, -1)[part]
+                for pair in zip(self._means, self._variances, strict=True)
+                for statistics in pair
+            ]
+            _move_all([t for t in running if t is not None], values, MOMENTUM)
+
+
+def _zeros_of_sizes(reference: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """Return zeros `[size]` for each size, with the dtype and device of `reference`."""
+    if is_stacked():  # vmap's batch norm updates no parts of a tensor
+        return [reference.new_zeros(size) for size in sizes]
+    return torch.split(reference.new_zeros(sum(sizes)), sizes)
+
+
+def _add_to_all(tensors: list[Tensor], number: int) -> None:
+    """Add a number to each tensor."""
+    if is_stacked():  # vmap has no operation for several tensors
+        for tensor in tensors:
+            tensor.add_(number)
+    else:
+        torch._foreach_add_(tensors, number)
+
+
+def _move_all(tensors: list[Tensor], values: list[Tensor], share: float) -> None:
+    """Move each tensor a share of the way to its value."""
+    if is_stacked():  # as above
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.add_(value - tensor, alpha=share)
+    else:
+        torch._foreach_lerp_(tensors, values, share)
+
+
+def _repeat_all(count: int, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return each tensor `[C]` repeated, `[count * C]`."""
+    return _RepeatAll.apply(count, *tensors)  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+class _RepeatAll(torch.autograd.Function):
+    """`_repeat_all` with as few operations for many tensors as for one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        repeated = torch.cat([tensor for tensor in tensors for _ in range(count)])
+        return torch.split(repeated, [count * len(tensor) for tensor in tensors])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.count = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        parts = [gradient.reshape(ctx.count, -1) for gradient in gradients]
+        sums = torch.cat(parts, 1).sum(0)
+        return None, *torch.split(sums, [part.shape[1] for part in parts])
 
 
 LinearWeights = tuple[Tensor, Tensor]  # weight and bias of a linear layer

@@ -42,6 +42,7 @@ from qtorch.model.loop.scoring import ForwardAdapter
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if HAS_GPU else "cpu")
 SPEED_NETWORKS = ("lstm", "gru", "mlp", "transformer", "gats")
+GRAPH_NETWORKS = ("lstm", "mlp", "transformer", "tcn", "tsmixer", "sfm", "mamba")
 FLEET_NETWORKS = ("lstm", "gru", "mlp")
 FLEET_SIZES = {"num_days": 600, "num_instruments": 800}
 SMALL_SIZES = {"num_days": 60, "num_instruments": 50}
@@ -262,7 +263,7 @@ def run_gpu_tests(report: Report, is_small: bool) -> None:
         return
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=line", "tests/model/test_cuda.py",
-         "tests/data", "tests/metrics"],
+         "tests/model/test_cuda_graph.py", "tests/data", "tests/metrics"],
         cwd=ROOT, capture_output=True, text=True, timeout=150, check=False,
     )  # fmt: skip
     lines = [line for line in process.stdout.splitlines() if line.strip()]
@@ -352,6 +353,31 @@ def hand_written_speeds(
         seconds = measure_seconds(lambda: [replay() for _ in range(num_steps)], 3)
         row["by hand, as a CUDA graph"] = num_steps * size / seconds
     return row
+
+
+def check_graph(report: Report, is_small: bool) -> None:
+    """Compare fits whose steps are a CUDA graph with ordinary ones: weights, samples per second."""
+    sizes = SMALL_SIZES if is_small else FLEET_SIZES
+    for name in GRAPH_NETWORKS[: 1 if is_small else None]:
+        dataset, models = network_dataset(name, **sizes), []
+        for cuda_graph in ("auto", False):
+            with clean_memory():
+                model = build_model(name, max_epochs=2, limit_train_batches=200)
+                model.batch["size"], model.cuda_graph = 800, cuda_graph
+                model.fit(dataset)
+            models.append(model)
+        graphed, ordinary = models
+        weights = (m.network_.state_dict().values() for m in models)
+        row = {
+            "network": name,
+            "graph": graphed.fit_report_["cuda_graph"],
+            "difference of weights": max(
+                float((a.double() - b.double()).abs().max()) for a, b in zip(*weights, strict=True)
+            ),
+            "with graph": graphed.fit_report_["samples_per_second"],
+            "without": ordinary.fit_report_["samples_per_second"],
+        }
+        report.add("CUDA graph of the step", row)
 
 
 def check_fleet(report: Report, is_small: bool) -> None:
@@ -529,6 +555,7 @@ SECTIONS: dict[str, tuple[Section, int]] = {  # with the seconds that each may t
     "resume": (check_resume, 60),
     "memory": (check_memory, 15),
     "speed": (check_speed, 75),
+    "graph": (check_graph, 40),
     "fleet": (check_fleet, 45),
     "processes": (check_processes, 60),
     "gather": (check_gather, 15),

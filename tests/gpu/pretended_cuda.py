@@ -12,7 +12,8 @@ what the host of a real GPU would wait for:
 An operation on tensors of two devices raises, as on a GPU, and so does one in a process that was
 forked from the one that entered the block. cuDNN's recurrent layers and torch's
 memory-efficient attention are one operation forward and one backward each; the former refuse a
-backward pass in evaluation mode. Streams are those of `pretended_streams`. Not pretended: the
+backward pass in evaluation mode. Streams are those of `pretended_streams`, CUDA graphs those of
+`pretended_graphs`. Not pretended: the
 numerical errors of CUDA's kernels, and time.
 
 This module must be imported before torch.
@@ -70,6 +71,7 @@ def load_guard() -> None:
 load_guard()
 
 import torch  # noqa: E402
+from pretended_graphs import NOT_CAPTURED, PretendedGraph, graph_functions  # noqa: E402
 from pretended_streams import (  # noqa: E402
     PretendedStream,
     StreamOrder,
@@ -206,6 +208,8 @@ class PretendedCuda(TorchDispatchMode):
         self.default_stream = self.current_stream = PretendedStream(self, is_default=True)
         self.stream_order: StreamOrder | None = None  # from the first further stream on
         self.num_operations = 0
+        self.graph: PretendedGraph | None = None  # the one that records
+        self.is_replaying = self.is_generator_recording = False
         # cuDNN's layers are computed in a thread of their own, in which autograd is enabled.
         self.autograd_thread = ThreadPoolExecutor(1)
         self._generator = torch.Generator().manual_seed(torch.seed() % 2**63)
@@ -260,9 +264,7 @@ class PretendedCuda(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         name = func.overloadpacket.__name__
-        self._check_deterministic(name, args)
-        self._check_devices(func, name, flat)
-        self._count(func, name, args, kwargs)
+        self._begin_operation(func, name, args, kwargs, flat)
         if self.shuffle_sums and not torch.are_deterministic_algorithms_enabled():
             args = self._shuffle_sum(name, args)
             flat, spec = tree_flatten((args, kwargs))
@@ -274,12 +276,25 @@ class PretendedCuda(TorchDispatchMode):
         else:
             leaves_cuda = device is not None and torch.device(device).type == "cpu"
             result = _run(func, flat, spec, is_result_on_cuda=not leaves_cuda)
+        if self.graph is not None:
+            self.graph.record(func, args, kwargs, result)
         self.num_operations += 1
         if self.stream_order is not None and not func.is_view:
             values = tree_flatten(result)[0]
             tensors = [value.content for value in values if isinstance(value, CudaTensor)]
             self.stream_order.write(tensors, self.current_stream, self.num_operations)
         return result
+
+    def _begin_operation(
+        self, func: Any, name: str, args: Any, kwargs: Any, flat: list[Any]
+    ) -> None:
+        self._check_deterministic(name, args)
+        self._check_devices(func, name, flat)
+        PretendedGraph.check_generator(self, name)
+        if not self.is_replaying:
+            self._count(func, name, args, kwargs)
+        if self.graph is not None:
+            self.graph.save_memory(func, args, kwargs)
 
     def _check_deterministic(self, name: str, args: Any) -> None:
         if not torch.are_deterministic_algorithms_enabled() or name not in NOT_DETERMINISTIC:
@@ -320,6 +335,8 @@ class PretendedCuda(TorchDispatchMode):
 
     def count_wait(self, reason: str) -> None:
         """Count that the host waits for the device."""
+        if self.graph is not None:
+            raise RuntimeError(f"{NOT_CAPTURED}: {reason} @ {code_place()}")
         if self.waits_raise:
             raise RuntimeError(f"called a synchronizing CUDA operation: {reason} @ {code_place()}")
         self.stages[self.stage].waits[f"{reason} @ {code_place()}"] += 1
@@ -362,6 +379,8 @@ class PretendedCuda(TorchDispatchMode):
             self.stages[self.stage].kernels[name] += 1
         elif not non_blocking:
             self.count_wait("blocking copy to the device")
+        elif self.graph is not None:
+            raise RuntimeError(f"{NOT_CAPTURED}: a copy to the device @ {code_place()}")
         else:
             kind = "pinned" if source.data_ptr() in self.pinned else "pageable"
             self.stages[self.stage].copies[kind] += 1
@@ -472,6 +491,11 @@ class KeptGraphs:
 
     def find(self, key: CudaTensor) -> Any:
         return self._graphs[id(key.content)][1]
+
+    def move(self, old: Tensor, new: Tensor) -> None:
+        """Keep what is kept for one tensor for another one instead."""
+        if id(old) in self._graphs:
+            self.keep(new, self._graphs.pop(id(old))[1])
 
 
 class Attention:
@@ -654,6 +678,7 @@ def replace_torch_functions(gpu: PretendedCuda) -> list[Callable[[], None]]:
         "is_bf16_supported": lambda *args, **kwargs: True,
         "get_device_capability": lambda device=None: (9, 0),
         **stream_functions(gpu),
+        **graph_functions(gpu, _move_kept_graphs),
     }
     for name, value in answers.items():
         replace(torch.cuda, name, value)
@@ -669,14 +694,21 @@ def replace_torch_functions(gpu: PretendedCuda) -> list[Callable[[], None]]:
     # A wrapped tensor has no inference mode; without gradients it is the same program.
     replace(torch, "inference_mode", lambda mode=True: torch.no_grad())
     replace(sys.modules["qtorch.data.threads"], "ThreadPoolExecutor", DeviceThreads)
+    from qtorch.model.devices import step_graph
     from qtorch.model.fleet.jobs import Job
 
+    replace(step_graph, "_streams", {})
     replace(Job, "_run", _run_on_device(Job._run))
     replace(nn.functional, "scaled_dot_product_attention", _attention)
     for owner in (torch, torch._VF):
         replace(owner, "lstm", _recurrent_layer(Cudnn.LSTM))
         replace(owner, "gru", _recurrent_layer(Cudnn.GRU))
     return undo
+
+
+def _move_kept_graphs(old: Tensor, new: Tensor) -> None:
+    for operation in (Attention, Cudnn):
+        operation._graphs.move(old, new)
 
 
 class ThreadDevice(TorchDispatchMode):

@@ -126,6 +126,7 @@ def stream_functions(device: Any) -> dict[str, Any]:
         "Stream": build_stream,
         "Event": PretendedEvent,
         "stream": stream,
+        "set_stream": lambda chosen: setattr(device, "current_stream", chosen),
         "current_stream": lambda device_name=None: device.current_stream,
         "default_stream": lambda device_name=None: device.default_stream,
     }

@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # Without those that start many further processes.
-SECTIONS = ["machine", "networks", "twice", "speed", "fleet", "processes", "gather", "features"]
+SECTIONS = [
+    "machine", "networks", "twice", "speed", "graph", "fleet", "processes", "gather", "features",
+]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -37,6 +39,9 @@ def test_dry_run_of_the_check_writes_both_reports(tmp_path: Path) -> None:
     (speed,) = report["samples per second"]
     assert speed["fit"] > 0
     assert speed["by hand"] > 0
+    (graph,) = report["CUDA graph of the step"]
+    assert graph["graph"] == "not used: there is no GPU"
+    assert graph["difference of weights"] == 0
     (processes,) = report["processes"]
     assert processes["all"] > processes["slowest"] > 0
     assert report["Alpha158"][0]["value"] == 0

@@ -177,6 +177,20 @@ def test_a_fleet_waits_for_nothing_and_its_launches_do_not_grow_with_members(
     assert all(0 <= d < 1e-5 for d in report["differences"].values()), report["differences"]
 
 
+def test_a_graph_of_the_step_starts_as_many_kernels_as_recorded(run_program: Program) -> None:
+    rows = table_rows("A CUDA graph of the training step")
+    process = run_program("tests/gpu/graph_launches.py", *(name for name, *_ in rows))
+    assert process.returncode == 0, process.stderr[-3000:]
+    report = json.loads(process.stdout)
+    assert not any(result["waits"] for result in report.values()), report
+    for name, *recorded in rows:
+        launches = report[name]["launches"]
+        assert all(
+            0.8 * int(limit) - 2 <= number <= 1.05 * int(limit) + 2
+            for number, limit in zip(launches, recorded, strict=True)
+        ), (name, launches)
+
+
 def test_a_stream_that_does_not_wait_for_another_is_noticed(run_program: Program) -> None:
     process = run_program("tests/gpu/stream_order.py")
     assert process.returncode == 0, process.stderr[-3000:]
@@ -190,6 +204,7 @@ GPU_TESTS = [
     "tests/data/handler/test_feature_device.py",
     "tests/metrics/test_ic.py",
     "tests/model/test_cuda.py",
+    "tests/model/test_cuda_graph.py",
 ]
 
 

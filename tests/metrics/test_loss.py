@@ -10,11 +10,13 @@ from qtorch.metrics.loss import (
     Combined,
     CrossEntropy,
     Huber,
+    LabeledScores,
     Loss,
     Pairwise,
     Quantile,
     has_label,
     mean_from_sums,
+    takes_labeled_scores,
 )
 
 NAN = float("nan")
@@ -205,3 +207,33 @@ def test_parts_of_a_combined_loss_search_for_labels_once(
     torch.testing.assert_close(total / count, expected)
     gradients = [torch.autograd.grad(value, score)[0] for value in (total / count, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    "loss", [*ELEMENTWISE, Pairwise(), Combined([(MSE(), 1.0), (Pairwise(), 0.5), (MAE(), 2.0)])]
+)
+@pytest.mark.parametrize("num_labels", [1, 2])
+def test_a_known_number_of_labels_changes_neither_loss_nor_gradient(
+    loss: BaseLoss, num_labels: int
+) -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    score = torch.randn(2, 5, num_labels, requires_grad=True)
+    target = torch.randn(2, 5, num_labels).masked_fill(~mask[..., None], NAN)
+    assert takes_labeled_scores(loss)
+    labeled = LabeledScores(score, target, None, mask, num_labels=8 * num_labels)
+    sums = loss.compute_sums(labeled)
+    expected_sums = loss.sums(score, target, None, mask)
+    gradients = []
+    for total, weight in (sums, expected_sums):
+        mean = total / weight
+        gradients.append(torch.autograd.grad(mean, score)[0])
+        torch.testing.assert_close(total, expected_sums[0])
+        assert float(weight) == float(expected_sums[1])
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_loss_with_sums_of_its_own_is_not_computed_from_labeled_scores() -> None:
+    assert not takes_labeled_scores(CrossEntropy())
+    assert not takes_labeled_scores(Combined([(MSE(), 1.0), (CrossEntropy(), 1.0)]))
+    assert not takes_labeled_scores(torch.nn.MSELoss())

@@ -329,3 +329,10 @@ def test_a_fit_leaves_no_features_in_memory(network, changes) -> None:
         assert all(model.network_ is not None for model in models)
     finally:
         gc.enable()
+
+
+def test_without_a_gpu_there_is_no_graph_of_the_training_step() -> None:
+    model = fit_model(ToyDataset(), "MLP", epochs=1, cuda_graph="auto")
+    assert model.fit_report_["cuda_graph"] == "not used: there is no GPU"
+    with pytest.raises(ConfigError, match="cuda_graph=true is not possible: there is no GPU"):
+        fit_model(ToyDataset(), "MLP", epochs=1, cuda_graph=True)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qtorch.nn import TabNet
-from qtorch.nn.tabnet import GhostNorm, sparsemax
+from qtorch.nn.stacked import call_stacked_members, stack_members
+from qtorch.nn.tabnet import MOMENTUM, GhostNorm, NormParts, sparsemax
 
 
 def test_sparsemax_is_the_projection_onto_the_simplex() -> None:
@@ -24,18 +25,49 @@ def test_sparsemax_is_the_projection_onto_the_simplex() -> None:
     torch.testing.assert_close(sparsemax(torch.full((1, 4), 1e4)), torch.full((1, 4), 0.25))
 
 
-def test_ghost_norm_normalizes_parts_of_a_batch_separately() -> None:
-    x = torch.randn(11, 3, generator=torch.Generator().manual_seed(0))
-    norm = GhostNorm(3, vbs=3)
-    output = norm(x)  # three parts: 4, 4, 3
-    for rows in (slice(0, 4), slice(4, 8), slice(8, 11)):
-        part = x[rows]
-        expected = (part - part.mean(0)) / (part.var(0, correction=0) + 1e-5).sqrt()
-        torch.testing.assert_close(output[rows], expected)
+@pytest.mark.parametrize("sizes", [(4, 4, 3), (3, 3, 3)])
+def test_ghost_norm_normalizes_parts_of_a_batch_separately(sizes: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(sum(sizes), 3)
+    norm, expected_norm = GhostNorm(3, vbs=3), torch.nn.BatchNorm1d(3, momentum=MOMENTUM)
+    for parameter, expected_parameter in zip(
+        norm.parameters(), expected_norm.parameters(), strict=True
+    ):
+        torch.nn.init.uniform_(parameter)
+        expected_parameter.data.copy_(parameter.data)
+    parts = NormParts.of_batch(norm, len(x))
+    assert parts.is_alternating == (sizes == (3, 3, 3))
+    output = parts.separate(norm(parts.alternate(x), parts))
+    parts.update_statistics()
+    expected = torch.cat([expected_norm(part) for part in torch.split(x, sizes)])
+    torch.testing.assert_close(output, expected)
+    for values, expected_values in zip(norm.buffers(), expected_norm.buffers(), strict=True):
+        torch.testing.assert_close(values, expected_values)
+    weight = torch.randn_like(x)
+    (output * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for parameter, expected_parameter in zip(
+        norm.parameters(), expected_norm.parameters(), strict=True
+    ):
+        torch.testing.assert_close(parameter.grad, expected_parameter.grad)
+
+
+def test_a_batch_of_one_sample_is_normalized_by_the_running_statistics() -> None:
+    x, norm = torch.randn(1, 3), GhostNorm(3, vbs=3)
     before = {k: v.clone() for k, v in norm.state_dict().items()}
-    single_output = norm(x[:1])
+    output = norm(x, NormParts.of_batch(norm, 1))
     assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
-    torch.testing.assert_close(single_output, norm.eval()(x)[:1])
+    torch.testing.assert_close(output, norm.eval()(x, NormParts.of_batch(norm, 1)))
+
+
+def test_stacked_members_normalize_the_same_parts_as_single_ones() -> None:
+    torch.manual_seed(0)
+    members = [TabNet(d_feat=5, n_d=4, n_a=4, out_dim=4, n_steps=3, vbs=4) for _ in range(2)]
+    state, x = stack_members(members), torch.randn(12, 5)
+    outputs = call_stacked_members(members[0], state, x)
+    torch.testing.assert_close(outputs, torch.stack([member(x) for member in members]))
+    for name, buffer in members[1].named_buffers():
+        torch.testing.assert_close(state[name][1], buffer)
 
 
 def test_each_norm_counts_its_parts_of_a_training_batch() -> None:
@@ -74,8 +106,10 @@ def test_prior_scales_the_attention_logits() -> None:
     network = TabNet(d_feat=5, n_d=4, n_a=4, out_dim=4, vbs=64).eval()
     attention_input, prior = torch.randn(6, 4), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
     attention = network.steps[0].atten_tran
-    logits = attention.bn(attention.fc(attention_input)) * prior
-    torch.testing.assert_close(attention(attention_input, prior), sparsemax(logits))
+    parts = NormParts.of_batch(network, 6)
+    logits = attention.bn(attention.fc(attention_input), parts) * prior
+    selection = attention(attention_input, prior, None, parts)
+    torch.testing.assert_close(selection, sparsemax(logits))
     encoding = network.encode(torch.randn(6, 5), prior.expand(6, 5))[0]
     assert network.decoder().eval()(encoding).shape == (6, 5)
 

@@ -164,6 +164,7 @@ def check(monkeypatch):
         ("model.batch.size=0", "batch.size is 0; expected a whole number of at least 1"),
         ("model.batch.drop_last=maybe", "batch.drop_last is 'maybe'; expected true or false"),
         ("model.checkpoint.every_n_steps=0", "checkpoint.every_n_steps is 0"),
+        ("model.cuda_graph=maybe", "cuda_graph is 'maybe'; expected 'auto', true or false"),
         ("model.compile=maybe", "compile is 'maybe'; expected true or false"),
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val is -1"),
         ("trainer.gradient_clip_algorithm=vale", "Did you mean 'value'"),

@@ -85,9 +85,9 @@ class Concepts(Extra):
 
 
 class BoundConcepts(Gatherable):
-    """Membership spans by instrument: concepts `[N, J]` and their rows `[N, J, 2]`.
+    """Membership spans by instrument: `[N, J, 3]`, concept, first row and last row.
 
-    J is the largest number of spans that an instrument has.
+    J is the largest number of spans that an instrument has. The last row of an empty span is -1.
     """
 
     def __init__(
@@ -104,27 +104,29 @@ class BoundConcepts(Gatherable):
         counts = torch.bincount(instrument, minlength=num_instruments)
         slot = torch.arange(len(instrument)) - (counts.cumsum(0) - counts)[instrument]
         max_spans = max(1, int(counts.max()) if len(counts) else 0)
-        self.concept = torch.zeros(num_instruments, max_spans, dtype=torch.int64)
-        # Unused spans are empty: their start is their end.
-        self.spans = torch.zeros(num_instruments, max_spans, 2, dtype=torch.int64)
-        self.concept[instrument, slot] = concept
-        self.spans[instrument, slot] = spans
+        first, stop = spans.unbind(1)
+        last = torch.where(first < stop, stop - 1, -1)
+        # Unused spans are empty.
+        self.spans = torch.tensor((0, 0, -1)).expand(num_instruments, max_spans, -1).clone()
+        self.spans[instrument, slot] = torch.stack((concept, first, last), 1)
 
     @property
     def width(self) -> int:
         return len(self.names)
 
     def gather(self, date: Tensor, instrument: Tensor) -> Tensor:
-        spans = self.spans[instrument]  # [B, J, 2]
-        inside = (date[:, None] >= spans[..., 0]) & (date[:, None] < spans[..., 1])
+        concept, first, last = self.spans[instrument].unbind(-1)  # [B, J] each
+        date = date[:, None]
+        # A date inside a span is not moved by its limits. An empty span moves it to row -1.
+        inside = date.clamp(first, last) == date
         out = torch.zeros(len(date), self.width, device=date.device)
         # Spans of one concept normally do not overlap; amax keeps 1 if a table repeats one.
-        return out.scatter_reduce_(1, self.concept[instrument], inside.float(), "amax")
+        return out.scatter_reduce_(1, concept, inside.float(), "amax")
 
     def to(self, device: torch.device) -> Gatherable:
         copy = object.__new__(BoundConcepts)
         copy.names = self.names
-        copy.concept, copy.spans = self.concept.to(device), self.spans.to(device)
+        copy.spans = self.spans.to(device)
         return copy
 
 

@@ -134,6 +134,7 @@ def member_sums(
     `values` are the tensors of its batch; its features are not used.
     """
     batch = Batch(**{**values, "x": score})
+    is_complete = is_complete and batch.mask is None  # the members' numbers of samples may differ
     total, weight = module.loss_sums_from_scores(score, batch, complete=is_complete)
     if isinstance(weight, int):
         weight = torch.full((), float(weight), device=total.device)

@@ -75,6 +75,7 @@ def find_refusal(inputs: FitInputs, network: nn.Module) -> str | None:
         "a LightningModule with its own training loop": hasattr(network, "training_step"),
         "model.module (a training step of its own)": recipe.module is not None,
         "model.compile": bool(recipe.compile),
+        "model.cuda_graph=true": recipe.cuda_graph is True,
         "model.callbacks": bool(options.callbacks),
         "checkpoint.every_n_steps": recipe.checkpoint.get("every_n_steps") is not None,
         "several devices": options.num_devices > 1,

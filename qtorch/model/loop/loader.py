@@ -131,6 +131,10 @@ class StepLoader:
         """Whether an epoch that is resumed at this position has training steps left."""
         return self._chunk < len(self._ends)
 
+    def load_usual_batch(self) -> Batch:
+        """Return the first batch of the first epoch; all but the last one have its shape."""
+        return next(self.source.batches(0))
+
     def release_samples(self) -> None:
         """Drop the samples after training: Lightning's objects hold this loader for longer."""
         del self.source

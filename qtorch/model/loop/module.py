@@ -17,7 +17,13 @@ from qtorch.core.errors import ConfigError, refuse_old_names
 from qtorch.data.dataset.batch import Batch
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.ic import ICMeter
-from qtorch.metrics.loss import BaseLoss, mean_from_sums
+from qtorch.metrics.loss import (
+    BaseLoss,
+    LabeledScores,
+    mean_from_sums,
+    takes_labeled_scores,
+)
+from qtorch.model.devices.step_graph import GraphedStep
 from qtorch.model.loop.day_label import DayLabel
 from qtorch.model.loop.factories import OptimizerFactory, build_factory
 from qtorch.model.loop.loader import SingleStep, StepBatches, StepLoader, unpack_batches
@@ -127,6 +133,7 @@ class ScoreModule(pl.LightningModule):
         self.day_label = day_label
         self.pretraining_epochs = 0
         self.accumulator, self.valid_accumulator = LossAccumulator(), LossAccumulator()
+        self.graphed_step = GraphedStep(mode=False, obstacle=None)
 
     # -- one batch -----------------------------------------------------------------------------
 
@@ -169,6 +176,10 @@ class ScoreModule(pl.LightningModule):
                 weight = self.loss.sums(score, torch.zeros_like(target), complete=True)[1] * 0
             return score.sum() * 0.0, weight
         if isinstance(self.loss, BaseLoss):
+            if complete and batch.weight is None and batch.mask is not None:
+                sums = self._sum_padded_losses(score, target, batch)
+                if sums is not None:
+                    return sums
             return self.loss.sums(score, target, batch.weight, batch.mask, complete=is_complete)
         if not is_unweighted:
             raise ConfigError(
@@ -180,6 +191,20 @@ class ScoreModule(pl.LightningModule):
         if score.shape != target.shape:
             raise ValueError(f"score {list(score.shape)}, but target {list(target.shape)}.")
         return self.loss(score, target) * len(score), len(score)
+
+    def _sum_padded_losses(
+        self, score: Tensor, target: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor | int] | None:
+        """Return the sums of a batch in which only padding lacks labels, or None.
+
+        The host knows how many labels there are, so that nothing has to count them. On several
+        ranks the weights must be tensors, because each counts its own days.
+        """
+        if self.ranks.size > 1 or not takes_labeled_scores(self.loss):
+            return None
+        num_labels = batch.num_samples * (target.numel() // batch.date.numel())
+        labeled = LabeledScores(score, target, None, batch.mask, num_labels)
+        return self.loss.compute_sums(labeled)
 
     @classmethod
     def prepare_prediction(
@@ -251,9 +276,12 @@ class ScoreModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self._set_optimizer_mode("train")
+        if self.graphed_step.is_on:
+            self._record_step()
 
     def on_train_end(self) -> None:
         self._set_optimizer_mode("eval")
+        self.graphed_step.release()  # before the weights that it uses are moved
 
     def _set_optimizer_mode(self, mode: Literal["train", "eval"]) -> None:
         """Switch the weights of schedule-free optimizers between training and evaluation."""
@@ -265,6 +293,7 @@ class ScoreModule(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         self.accumulator.reset(self.device)
         self.accumulator.clear_metrics()
+        self.graphed_step.begin_epoch()
 
     def training_step(self, batches: StepBatches | Batch) -> Tensor | None:
         """Train on the batches; return the loss of a single one, for the hooks of callbacks."""
@@ -280,14 +309,21 @@ class ScoreModule(pl.LightningModule):
         accumulator, weight_update, loss, divisor = self.accumulator, self.weight_update, None, 1
         weight_update.begin(is_pretraining=self.is_pretraining)
         for batch in steps:
-            total, weight = self.training_sums(batch)
-            loss, divisor = self._loss_and_divisor(total, weight, batch)
-            is_updated = weight_update.add(
-                loss,
-                divisor=divisor,
-                is_epoch_end=steps.is_epoch_end,
-                compute_again=partial(self._batch_loss, batch),
-            )
+            sums = self.graphed_step.run(batch)
+            if sums is None:
+                total, weight = self.training_sums(batch)
+                loss, divisor = self._loss_and_divisor(total, weight, batch)
+                is_updated = weight_update.add(
+                    loss,
+                    divisor=divisor,
+                    is_epoch_end=steps.is_epoch_end,
+                    compute_again=partial(self._batch_loss, batch),
+                )
+            else:
+                total, weight = sums
+                loss, divisor = self._loss_and_divisor(total, weight, batch)
+                weight_update.count_update()
+                is_updated = True
             accumulator.add(total.detach(), weight)
             if not is_updated:
                 continue
@@ -296,6 +332,22 @@ class ScoreModule(pl.LightningModule):
             if self.is_stop_requested() and not steps.is_last:
                 break
         return None if loss is None else loss.detach() / divisor
+
+    def _record_step(self) -> None:
+        """Record the training step as a CUDA graph, if that is possible."""
+        if not self.weight_update.bypass_hooks:
+            self.graphed_step.refuse("hooks between backward and optimizer step")
+            return
+        self.weight_update.begin(is_pretraining=False)
+        optimizer: Any = self.weight_update.optimizer.optimizer
+        loader: Any = self.trainer.train_dataloader
+        self.graphed_step.record(self._run_step_on_device, self, optimizer, loader.load_usual_batch)
+
+    def _run_step_on_device(self, batch: Batch) -> tuple[Tensor, Tensor | int]:
+        """Train on a batch; return its loss sum and weight sum, which nothing counts."""
+        total, weight = self.training_sums(batch)
+        self.weight_update.run_on_device(*self._loss_and_divisor(total, weight, batch))
+        return total.detach(), weight
 
     def _batch_loss(self, batch: Batch) -> Tensor:
         return self._rank_loss(*self.training_sums(batch), batch)

@@ -26,6 +26,7 @@ from qtorch.data.dataset.batches import BatchLoader, BlockLoader, ShardedLoader
 from qtorch.data.dataset.samples import Samples
 from qtorch.metrics.loss import BaseLoss, Combined
 from qtorch.model.devices.numerics import describe_numerics
+from qtorch.model.devices.step_graph import GraphedStep
 from qtorch.model.finetune import FineTuning
 from qtorch.model.loop.callbacks import pruning_callbacks
 from qtorch.model.loop.checkpoint import CALLBACK_STATE_KEY, CheckpointCallback, get_network
@@ -84,6 +85,7 @@ log = logging.getLogger(__name__)
 LIGHTNING_LOGGERS = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")
 SHOWN_LOGGERS = ("pytorch_lightning.callbacks", "pytorch_lightning.profilers")
 DDP_STRATEGIES = (None, "auto", "ddp")
+FLOAT32 = ("32", "32-true")
 IGNORED_WARNINGS = (
     r".*LeafSpec.*is deprecated",
     r".*`validation_step` but have no `val_dataloader`",
@@ -183,8 +185,11 @@ class Training:
             automatic_optimization=self.module.automatic_optimization,
             rank_info=self.rank_info,
         )
-        if isinstance(self.module, ScoreModule) and (epochs := self.trainer.max_epochs or -1) > 0:
-            self.trainer.fit_loop.max_epochs = epochs + self.module.pretraining_epochs
+        self.graphed_step = GraphedStep(recipe.cuda_graph, self._find_graph_obstacle())
+        if isinstance(self.module, ScoreModule):
+            self.module.graphed_step = self.graphed_step
+            if (epochs := self.trainer.max_epochs or -1) > 0:
+                self.trainer.fit_loop.max_epochs = epochs + self.module.pretraining_epochs
         self._check_validation_interval()
         checkpoint_callback.log_epochs = not self.trainer.progress_bar_callback
         resume_by_epochs(self.trainer)
@@ -305,11 +310,41 @@ class Training:
         """Whether no training label is missing, so that losses can skip masking.
 
         A Combined loss that sums over the ranks cannot: every rank has to take part in its sums,
-        a rank with a dummy batch too.
+        a rank with a dummy batch too. A `day_label` may drop labels.
         """
+        if self.recipe.day_label is not None:
+            return False
         if isinstance(loss, Combined) and loss.sum_over_ranks is not None:
             return False
         return self.train.target is not None and not bool(self.train.target.isnan().any())
+
+    def _find_graph_obstacle(self) -> str | None:
+        """Return why the training step cannot be a CUDA graph, None if it may be one."""
+        recipe, options = self.recipe, self.recipe.trainer
+        network, loss = type(self.network), type(getattr(self.module, "loss", None))
+        plan = getattr(self.module, "plan", None)
+        is_trusted = recipe.cuda_graph is True  # the user knows that nothing depends on the host
+        obstacles = {
+            "there is no GPU": self.train.device.type != "cuda",
+            "several devices share each batch": self.rank_info is not None,
+            f"{type(self.module).__name__} has a training step of its own": (
+                type(self.module) is not ScoreModule
+            ),
+            "the network is compiled": bool(recipe.compile),
+            "batches of whole days differ in size": recipe.batch["order"].startswith("day"),
+            "mixed precision": str(options.arguments.get("precision") or "32-true") not in FLOAT32,
+            "accumulate_grad_batches": options.accumulate > 1,
+            "callbacks": bool(options.callbacks),
+            "fine-tuning": self.tuning is not None,
+            "the learning rate changes in each step": (
+                plan is not None and plan.interval == "step"
+            ),
+            f"{network.__name__} is not a network of qtorch": not (
+                is_trusted or is_of_qtorch(network)
+            ),
+            f"{loss.__name__} is not a loss of qtorch": not (is_trusted or is_of_qtorch(loss)),
+        }
+        return next((text for text, is_met in obstacles.items() if is_met), None)
 
     def _build_optimizer_factory(self) -> OptimizerFactory:
         factory, state = group_parameters(self.recipe.optimizer, self.network), self.optimizer_state
@@ -460,6 +495,7 @@ class Training:
         """
         for loader in self.loaders:
             loader.release_samples()
+        self.graphed_step.release()
         if not self.is_user_module:
             detach_module(self.trainer, self.module)
             self.module.__dict__.pop("weight_update", None)
@@ -509,12 +545,18 @@ class Training:
             "memory": self._describe_memory(),
             **describe_numerics(self.train.device),
             "inner_steps": self.loader.inner_steps,
+            "cuda_graph": self.graphed_step.description,
             "seed": self.recipe.seed,
             "resumed_from": None if resumed_from is None else str(resumed_from),
         }
         if self.tuning is not None:
             report["tuning"] = self.tuning.description
         return report
+
+
+def is_of_qtorch(kind: type) -> bool:
+    """Whether a class is one of this package, not a user's own."""
+    return kind.__module__.startswith("qtorch.")
 
 
 def _restore_optimizer(factory: OptimizerFactory, state: dict[str, Any], parameters: Any) -> Any:

@@ -179,12 +179,30 @@ class WeightUpdate:
                 self.optimizer.step()
             self.optimizer.zero_grad()
             return
-        self.module.on_before_optimizer_step(optimizer)
         if self.uses_closure:
+            self.module.on_before_optimizer_step(optimizer)
             optimizer.step(self._build_closure(optimizer))  # type: ignore[arg-type]  # torch's annotation says float, its examples return tensors
+            optimizer.zero_grad()
         else:
-            optimizer.step()
+            self._step_directly(optimizer)
+        count_optimizer_step(self.module.trainer)
+
+    def _step_directly(self, optimizer: Optimizer) -> None:
+        self.module.on_before_optimizer_step(optimizer)
+        optimizer.step()
         optimizer.zero_grad()
+
+    def run_on_device(self, loss: Tensor, divisor: int) -> None:
+        """Run backward and update the weights as `add` does, without what the host counts.
+
+        For a CUDA graph, which repeats nothing else: no closure, no accumulation, no hooks.
+        """
+        self._graph_gradient = self._loss_gradient(loss, divisor)  # its memory must stay
+        self._backward(loss, divisor)
+        self._step_directly(self.optimizer.optimizer)
+
+    def count_update(self) -> None:
+        """Count an update that a CUDA graph has made."""
         count_optimizer_step(self.module.trainer)
 
     def _build_closure(self, optimizer: Optimizer) -> Callable[[], Tensor]:

@@ -92,7 +92,7 @@ class TabNetModule(ScoreModule):
         random_values = torch.rand(x.shape, device=x.device, dtype=x.dtype, generator=generator)
         hidden = (random_values < self.ps) * is_sample
         network = self.require_network(TabNet)
-        encoding, _ = network.encode_and_select(x * (1 - hidden), 1 - hidden)
+        encoding = network.encode_rows(x * (1 - hidden), 1 - hidden)
         predictions = self.decoder(encoding)
         count = is_sample.sum().clamp(min=1)
         mean = (x * is_sample).sum(0) / count

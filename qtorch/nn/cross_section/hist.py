@@ -64,7 +64,8 @@ class HIST(Network):
         state = newest_states(self.rnn, x)  # [G, N, H]
         explicit = self.fc_es(_concept_states(state, concept * mask[..., None]))
         residual = state - self.fc_es_back(explicit)
-        hidden = self.fc_is(_hidden_concept_states(residual, mask))
+        # Padding, as zeros, is similar to nothing.
+        hidden = self.fc_is(_hidden_concept_states(residual * mask[..., None]))
         own = residual - self.fc_is_back(hidden)
         # One product for the last layers of the three modules.
         layers = self.fc_es_fore, self.fc_is_fore, self.fc_indi
@@ -90,7 +91,7 @@ def _concept_states(state: Tensor, concept: Tensor) -> Tensor:
     return _attend_to_concepts(state, concept / (num_members + 1), num_members == 0)
 
 
-def _hidden_concept_states(state: Tensor, mask: Tensor) -> Tensor:
+def _hidden_concept_states(state: Tensor) -> Tensor:
     """Return each instrument's attention over hidden concepts, `[G, N, H]`.
 
     Each instrument defines one hidden concept. Its members are the instruments whose most similar
@@ -98,27 +99,31 @@ def _hidden_concept_states(state: Tensor, mask: Tensor) -> Tensor:
     """
     index = torch.arange(state.shape[1], device=state.device)
     is_self = index[:, None] == index
-    similarity = own_similarities(state * mask[..., None])  # zero for padding
+    similarity, length = own_similarities(state)
     # An instrument without positive similarity to another joins no concept: the tiny number on the
     # diagonal is its maximum then.
     tiny = torch.finfo(similarity.dtype).tiny
     concept = similarity.detach().masked_fill(is_self, tiny).argmax(-1, keepdim=True)  # [G, N, 1]
     is_member = (concept == index) | is_self  # [G, N, N], concepts last
     is_empty = is_member.sum(1, keepdim=True) < 2  # [G, 1, N]; no member but itself
-    member = similarity.masked_fill(~is_member | is_empty, 0.0)
-    return _attend_to_concepts(state, member, is_empty)
+    # Of bools, `<=` is "not the first, or the second", in one operation.
+    member = similarity.masked_fill(is_member <= is_empty, 0.0)
+    return _attend_to_concepts(state, member, is_empty, length)
 
 
-def _attend_to_concepts(state: Tensor, member: Tensor, is_empty: Tensor) -> Tensor:
+def _attend_to_concepts(
+    state: Tensor, member: Tensor, is_empty: Tensor, length: Tensor | None = None
+) -> Tensor:
     """Attend from instruments `state [G, N, H]` to K concepts by cosine similarity.
 
     A concept's state is the sum of the instruments' with their weights `member [G, N, K]`.
     `is_empty [G, 1, K]` masks concepts out. Their weights are zero, and so is the result if all
-    are empty.
+    are empty. `length [G, N, 1]` are the lengths of the states if they are known and positive.
     """
     with torch.autocast(state.device.type, enabled=False):
         precision = torch.promote_types(state.dtype, torch.float32)
-        return _ConceptAttention.apply(state.to(precision), member.to(precision), is_empty)[0]  # type: ignore[no-untyped-call]  # untyped in torch
+        state, member = state.to(precision), member.to(precision)
+        return _ConceptAttention.apply(state, member, is_empty, length)[0]  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 class _ConceptAttention(torch.autograd.Function):
@@ -127,23 +132,30 @@ class _ConceptAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(state: Tensor, member: Tensor, is_empty: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        state: Tensor, member: Tensor, is_empty: Tensor, length: Tensor | None
+    ) -> tuple[Tensor, ...]:
         concept = member.transpose(-1, -2) @ state  # [G, K, H]
-        similarity, lengths = similarity_and_lengths(state, concept)
+        similarity, lengths = similarity_and_lengths(state, concept, length)
+        lengths = lengths if length is None else lengths[1:]  # no input may be an output
         lowest = torch.finfo(similarity.dtype).min
         share = torch.softmax(similarity.masked_fill(is_empty, lowest), -1)
         return share @ concept, concept, share, similarity, *lengths
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:2], *output[1:])
+        state, member, _, length = inputs
+        _, concept, share, similarity, *lengths = output
+        ctx.is_length_positive = length is not None
+        lengths = lengths if length is None else [length, *lengths]
+        ctx.save_for_backward(state, member, concept, share, similarity, *lengths)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if gradient is None:
-            return None, None, None
+            return None, None, None, None
         state, member, concept, share, *similarity = ctx.saved_tensors
         # The share of an empty concept is zero: its similarity has no gradient.
         to_similarity = torch._softmax_backward_data(
@@ -151,8 +163,8 @@ class _ConceptAttention(torch.autograd.Function):
         )
         to_state, to_concept = similarity_gradients(
             to_similarity, state, concept, *similarity,
-            y_gradient=share.transpose(-1, -2) @ gradient,
+            y_gradient=share.transpose(-1, -2) @ gradient, is_x_positive=ctx.is_length_positive,
         )  # fmt: skip
         to_state = torch.baddbmm(to_state, member, to_concept)
         to_member = state @ to_concept.transpose(-1, -2) if ctx.needs_input_grad[1] else None
-        return to_state, to_member, None
+        return to_state, to_member, None, None

@@ -63,12 +63,17 @@ class _CosineSimilarities(torch.autograd.Function):
         return tuple(g.to(t.dtype) for g, t in zip(gradients, ctx.saved_tensors, strict=False))
 
 
-def similarity_and_lengths(x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+def similarity_and_lengths(
+    x: Tensor, y: Tensor, x_length: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the cosines `[..., N, K]` as `cosine_similarities`, and what their gradients need.
 
-    That is the lengths of `x` and `y`, and what their product was divided by.
+    That is the lengths of `x` and `y`, and what their product was divided by. `x_length` is the
+    length of `x` if it is known, as of `own_similarities`.
     """
-    x_length, y_length = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, y))
+    y_length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    if x_length is None:
+        x_length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     product_of_lengths = x_length @ y_length.transpose(-1, -2) + 1e-6
     cosine = x @ y.transpose(-1, -2) / product_of_lengths
     return cosine, (x_length, y_length, product_of_lengths)
@@ -77,16 +82,17 @@ def similarity_and_lengths(x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, 
 def similarity_gradients(
     gradient: Tensor, x: Tensor, y: Tensor, cosine: Tensor, x_length: Tensor, y_length: Tensor,
     product_of_lengths: Tensor, *, y_gradient: Tensor | None = None,
+    is_x_positive: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients of `x` and `y` for that of their cosines.
 
-    `y_gradient` is a gradient of `y` from elsewhere, to which this one is added.
+    `y_gradient` is a gradient of `y` from elsewhere, to which this one is added. `is_x_positive`:
+    no `x_length` is zero.
     """
     to_product = gradient / product_of_lengths
     to_lengths = to_product * cosine  # with the other sign
-    x_gradient = torch.addcmul(
-        to_product @ y, (to_lengths @ y_length) / _positive(x_length), x, value=-1
-    )
+    x_factor = (to_lengths @ y_length) / (x_length if is_x_positive else _positive(x_length))
+    x_gradient = torch.addcmul(to_product @ y, x_factor, x, value=-1)
     to_y = to_product.transpose(-1, -2)
     y_gradient = to_y @ x if y_gradient is None else torch.baddbmm(y_gradient, to_y, x)
     y_factor = (to_lengths.transpose(-1, -2) @ x_length) / _positive(y_length)
@@ -100,7 +106,7 @@ class _OwnSimilarities(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, ...]:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        length = _positive(torch.linalg.vector_norm(x, dim=-1, keepdim=True))
         product_of_lengths = length @ length.transpose(-1, -2) + 1e-6
         return x @ x.transpose(-1, -2) / product_of_lengths, length, product_of_lengths
 
@@ -118,7 +124,7 @@ class _OwnSimilarities(torch.autograd.Function):
         to_product = gradient / product_of_lengths
         to_product = to_product + to_product.transpose(-1, -2)
         to_lengths = to_product * cosine  # with the other sign
-        return torch.addcmul(to_product @ x, (to_lengths @ length) / _positive(length), x, value=-1)
+        return torch.addcmul(to_product @ x, (to_lengths @ length) / length, x, value=-1)
 
 
 def _positive(length: Tensor) -> Tensor:
@@ -135,10 +141,14 @@ def exact_similarities(x: Tensor, y: Tensor) -> Tensor:
         return cosine_similarities(x.float(), y.float())
 
 
-def own_similarities(x: Tensor) -> Tensor:
-    """Return `exact_similarities` of each pair within `x [..., N, H]`: `[..., N, N]`."""
+def own_similarities(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `exact_similarities` of each pair within `x [..., N, H]`, `[..., N, N]`, and lengths.
+
+    The lengths `[..., N, 1]` are those of `x`, or a tiny number where they are zero.
+    """
     with torch.autocast(x.device.type, enabled=False):
-        return _OwnSimilarities.apply(x.float())[0]  # type: ignore[no-untyped-call]  # untyped in torch
+        similarity, length, _ = _OwnSimilarities.apply(x.float())  # type: ignore[no-untyped-call]  # untyped in torch
+        return similarity, length
 
 
 class MaskCounts(NamedTuple):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from qtorch.nn.network import Network
 
+_FAR = 1e4  # between two elements of a softmax of which one gets nothing
+
 
 class StockMixer(Network):
     """Mix features and steps of each instrument, then mix instruments through market states.
@@ -147,8 +149,9 @@ class InstrumentMixer(nn.Module):
         )  # [G, N, 1 or K]
         with torch.autocast(x.device.type, enabled=False):
             x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            share = mask / mask.sum(1, keepdim=True, dtype=x.dtype).clamp(min=1)
-            x = _DayNorm.apply(x, mask, share, scale, shift, self.norm.eps)[0]  # type: ignore[no-untyped-call]  # untyped in torch
+            # Equal shares of the day's instruments, and zero for padding.
+            share = torch.softmax(mask * _FAR, 1, dtype=x.dtype)
+            x = _DayNorm.apply(x, share, scale, shift, self.norm.eps)[0]  # type: ignore[no-untyped-call]  # untyped in torch
         states = torch.baddbmm(self.dense1.bias, x.transpose(1, 2), to_market)  # [G, L, K]
         return torch.baddbmm(
             dense2_bias, from_market, F.hardswish(states).transpose(1, 2)
@@ -160,7 +163,7 @@ class _InstrumentWeights(torch.autograd.Function):
 
     Joins those to the K market states `[K, I]`, three vectors `[I]`, and those from the states
     `[I, K]`, of all I instruments. Its gradient has the memory that most weights have, so that
-    they need no copy of their part.
+    they need no copy of their part. There, it relies on a loss that ignores padding.
     """
 
     generate_vmap_rule = True
@@ -173,15 +176,15 @@ class _InstrumentWeights(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        instrument, mask, _, _, _, _, from_market = inputs
+        instrument, *_, from_market = inputs
         ctx.num_instruments, ctx.num_states = from_market.shape
-        ctx.save_for_backward(instrument, mask)
+        ctx.save_for_backward(instrument)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        instrument, mask = ctx.saved_tensors
+        (instrument,) = ctx.saved_tensors
         table_gradient = torch.ops.aten.embedding_dense_backward(
-            gradient * mask[..., None], instrument, ctx.num_instruments, -1, False
+            gradient, instrument, ctx.num_instruments, -1, False
         )  # [I, C]
         num_states = ctx.num_states
         rows, from_market = torch.split(table_gradient, [num_states + 3, num_states], -1)
@@ -192,8 +195,8 @@ class _InstrumentWeights(torch.autograd.Function):
 class _DayNorm(torch.autograd.Function):
     """Normalize `x [G, N, L]` over each day's instruments, then scale and shift it.
 
-    `share [G, N]` are the weights of the mean, zero where `mask [G, N]` is False; `scale` and
-    `shift` `[G, N, 1]` are zero there. Returns the result, and what the gradient needs, which takes
+    `share [G, N]` are the weights of the mean, zero for padding; `scale` and `shift` `[G, N, 1]`
+    are zero there. Returns the result, and what the gradient needs, which takes
     half as many operations as the gradients of its parts.
     """
 
@@ -201,10 +204,10 @@ class _DayNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, mask: Tensor, share: Tensor, scale: Tensor, shift: Tensor, eps: float
+        x: Tensor, share: Tensor, scale: Tensor, shift: Tensor, eps: float
     ) -> tuple[Tensor, ...]:
         share = share[:, None]
-        x = (x - share @ x) * mask[..., None]
+        x = x - share @ x
         factor = (share @ x.square() + eps).rsqrt()  # [G, 1, L]
         normal = x * factor
         return torch.addcmul(shift, normal, scale), normal, factor
@@ -213,13 +216,13 @@ class _DayNorm(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        _, _, share, scale, _, _ = inputs
+        _, share, scale, _, _ = inputs
         ctx.save_for_backward(share, scale, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if gradient is None:
-            return (None,) * 6
+            return (None,) * 5
         share, scale, normal, factor = ctx.saved_tensors
         to_scale = gradient * normal
         by_instrument = scale.transpose(1, 2)  # [G, 1, N]
@@ -227,4 +230,4 @@ class _DayNorm(torch.autograd.Function):
         passed_on = torch.addcmul(by_instrument @ gradient, normal, by_instrument @ to_scale)
         x_gradient = torch.addcmul(gradient * scale, share[..., None], passed_on, value=-1) * factor
         scale_gradient, shift_gradient = (g.sum(-1, keepdim=True) for g in (to_scale, gradient))
-        return x_gradient, None, None, scale_gradient, shift_gradient, None
+        return x_gradient, None, scale_gradient, shift_gradient, None

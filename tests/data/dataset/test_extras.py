@@ -10,7 +10,7 @@ import torch
 from qtorch import init
 from qtorch.core.errors import ConfigError, DataError, TrustError
 from qtorch.data import ConceptMatrix, Concepts
-from qtorch.data.dataset.extras import check_extras
+from qtorch.data.dataset.extras import BoundConcepts, check_extras
 
 CALENDAR = pd.date_range("2020-01-01", periods=5, name="datetime")
 NAMES = pd.Index(["A", "B", "C"], name="instrument")
@@ -74,3 +74,11 @@ def test_the_concepts_of_qlibs_files_are_a_matrix_by_instrument(tmp_path):
     assert torch.equal(same.gather(torch.zeros(3).long(), torch.arange(3)), expected)
     with pytest.raises(DataError, match="no file"):
         ConceptMatrix("nowhere.npy", "rows.csv").bind(calendar, instruments)
+
+
+def test_an_empty_span_holds_no_date() -> None:
+    spans = torch.tensor([[2, 2], [0, 1]])
+    concepts = BoundConcepts(("a", "b"), 2, torch.tensor([0, 0]), torch.tensor([0, 1]), spans)
+    dates, instruments = torch.arange(4), torch.zeros(4, dtype=torch.int64)
+    assert concepts.gather(dates, instruments).tolist() == [[0, 1], [0, 0], [0, 0], [0, 0]]
+    assert not concepts.gather(dates, instruments + 1).any()
