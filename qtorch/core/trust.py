@@ -114,6 +114,30 @@ def check_config_trust(config: Any) -> None:
             check_config_trust(value)
 
 
+def find_untrusted_packages(config: Any) -> list[str]:
+    """Return the user's packages that a configuration names and that stored text may not name yet.
+
+    A run with this configuration can be trained, but only be loaded by who trusts them.
+    """
+    packages: set[str] = set()
+
+    def visit(part: Any, key: object = None) -> None:
+        if isinstance(part, Mapping):
+            for name, value in part.items():
+                visit(value, name)
+        elif isinstance(part, list | tuple):
+            for value in part:
+                visit(value)
+        elif isinstance(part, str) and key in (*NAME_KEYS, "network", "loss") and "." in part:
+            package = part.partition(".")[0]
+            is_known = any(package == p.partition(".")[0] for p in ALLOWED_PACKAGES)
+            if not is_known and not _in_packages(part, _load_trusted_packages()):
+                packages.add(package)
+
+    visit(config)
+    return sorted(packages)
+
+
 def load_pickle(
     source: str | Path | bytes, *, is_trusted: bool = False, title: str | None = None
 ) -> Any:

@@ -181,7 +181,9 @@ class SigAnaRecord(Record):
         label = select_label(self.load("label.pkl"), self.label_col)
         ic, rank_ic = calc_ic(score, label)
         if ic.isna().all():
-            raise RecordError(f"the IC is undefined on all {len(ic)} days: {_explain_missing_ic(score)}")
+            raise RecordError(
+                f"the IC is undefined on all {len(ic)} days: {_explain_missing_ic(score)}"
+            )
         metrics = ic_figures(ic, rank_ic)
         series = {"ic.pkl": ic, "ric.pkl": rank_ic}
         if self.ana_long_short:

@@ -202,3 +202,32 @@ def test_predict_on_another_source(train, runs, qtorch_cli, folder):
     result = qtorch_cli("predict", f"run={run.id}", "out=x.parquet", "data=synthetic")
     assert result.code == 0  # other instruments, with the same features and fitted processors
     assert len(pd.read_parquet(folder / "x.parquet")) > 5 * len(prediction)
+
+
+OWN_NETWORK = """\
+from torch import nn
+
+
+class MeanNet(nn.Linear):
+    def __init__(self, d_feat):
+        super().__init__(d_feat, 1)
+
+    def forward(self, x):
+        return super().forward(x[:, -1])[:, 0]
+"""
+
+
+@pytest.mark.slow
+def test_run_of_an_own_network_has_its_name_and_a_hint_to_trust_it(
+    train, runs, folder, monkeypatch
+):
+    (folder / "own_net.py").write_text(OWN_NETWORK)
+    monkeypatch.syspath_prepend(folder)
+    words = ("model=lightning", "+model.network._target_=own_net.MeanNet", "record=none")
+    result = train(*words)
+    assert "export QTORCH_TRUSTED=own_net" in result.out, result.err
+    assert [run.name for run in runs()] == ["MeanNet"]
+    monkeypatch.setenv("QTORCH_TRUSTED", "own_net")
+    assert "QTORCH_TRUSTED" not in train(*words, "seed=1").out
+    monkeypatch.delenv("QTORCH_TRUSTED")
+    assert "QTORCH_TRUSTED" not in train("record=none").out

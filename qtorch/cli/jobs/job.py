@@ -22,6 +22,7 @@ from qtorch.cli.compose import (
     check_missing_values,
     check_values,
     discard_inherited_settings,
+    task_definition,
     translate_hydra_errors,
     warn_of_unread_portfolio,
 )
@@ -49,6 +50,7 @@ from qtorch.core.session import FOLDER_VARIABLE
 from qtorch.process.child import ExitStatus
 from qtorch.study.sweep import JobResult, sweep_jobs
 
+OWN_MODEL = "lightning"  # the choice of `model` for a network of a user's own
 # Overrides that a resumed run allows: they say nothing about its task.
 RESUME_PREFIXES = ("resume=", "run=", "tracking", "log_level=", "sweep.", "workflow.")
 
@@ -135,6 +137,10 @@ def _build_request(
     """Collect the input of `execute_job` as plain data, because another process may do the work."""
     hydra = HydraConfig.get()
     run_name = settings["run_name"] or hydra.runtime.choices.get("model")
+    if run_name == OWN_MODEL:
+        from qtorch.cli.tables.tasks import model_name  # imports what other jobs do not need
+
+        run_name = model_name(task_definition(settings)) or run_name
     return {
         "settings": settings,
         "number": result.number,

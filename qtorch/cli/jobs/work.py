@@ -25,6 +25,8 @@ from qtorch.cli.tables.jobs import print_summary
 from qtorch.cli.workflow.task import report_notes
 from qtorch.core.errors import ConfigError, QtorchError, printable_text
 from qtorch.core.lazy import quick_imports
+from qtorch.core.session import TRUSTED_VARIABLE
+from qtorch.core.trust import find_untrusted_packages
 from qtorch.process.child import ExitStatus, Parent
 from qtorch.process.fork_server import TRAINING_PRELOAD, ForkServer, fork_server
 from qtorch.process.heartbeat import RUN
@@ -99,6 +101,8 @@ def execute_job(request: Mapping[str, Any]) -> None:
         print_skipped_job(result, outcome)
     elif result.status == FINISHED:
         print_summary(result, outcome.recorder, show_command=request["sweep"] is None)
+        if request["sweep"] is None:
+            print_trust_hint(task_definition(settings))
     elif result.status == FAILED and request["sweep"] is not None:
         print_failure(result)
 
@@ -123,6 +127,14 @@ def _log_seconds(request: Mapping[str, Any], result: JobResult, run: Recorder) -
 def print_failure(result: JobResult) -> None:
     """Report immediately that a job failed; the command repeats it at its end."""
     print(f"job {result.number} failed: {printable_text(str(result.error))}", file=sys.stderr)
+
+
+def print_trust_hint(task: Any) -> None:
+    """Say which packages other commands, which load the run, must be told to trust."""
+    packages = find_untrusted_packages(task)
+    if packages:
+        words = f"export {TRUSTED_VARIABLE}={','.join(packages)}"
+        print(f"for commands that load this run (predict, finetune, ...): {words}")
 
 
 def print_skipped_job(result: JobResult, outcome: JobOutcome) -> None:
