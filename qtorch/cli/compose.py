@@ -40,7 +40,7 @@ from qtorch.core.errors import (
 )
 from qtorch.core.instantiate import get_signature, resolve_config
 from qtorch.core.session import resolve_path
-from qtorch.core.trust import as_stored_text, locate
+from qtorch.core.trust import NAME_KEYS, as_stored_text, locate
 from qtorch.trainer.segments import Calendars, resolve_segments
 
 log = logging.getLogger(__name__)
@@ -492,7 +492,8 @@ def _unknown_key_text(key: str, argv: Sequence[str], root: str) -> str:
     node: Any = _compose_valid(
         [a for a in argv if not _is_override_for(a, key)], root, parents[:1] == ["hydra"]
     )
-    places = [] if parents[:1] == ["hydra"] else find_keys(node, name)
+    is_alone = parents[:1] == ["hydra"] or name in NAME_KEYS  # many settings have a `_target_`
+    places = [] if is_alone else find_keys(node, name)
     usual = USUAL_NAMES.get(name)
     if not places and usual is not None and OmegaConf.select(node, usual) is not None:
         places = [usual]
@@ -509,10 +510,10 @@ def _unknown_key_text(key: str, argv: Sequence[str], root: str) -> str:
         hint = f" Did you mean {' or '.join(places)}?" if places else ""
         return (
             f"unknown option {key!r}: the configuration has no {parent!r}.{hint} "
-            "(Show it with qtorch train --cfg job.)"
+            f"(To add a new option: +{key}=...; qtorch train --cfg job shows all.)"
         )
     if name in node:
-        return f"{key} is a mapping that accepts new keys: add them with +{key}={{...}}."
+        return f"{key} is a mapping that accepts new keys: add them with a plus, +{key}.NAME=VALUE."
     kind = f"option of {parent}" if parent else "option"
     if places:
         message = f"unknown {kind} {name!r}. Did you mean {' or '.join(places)}?"

@@ -101,8 +101,7 @@ def execute_job(request: Mapping[str, Any]) -> None:
         print_skipped_job(result, outcome)
     elif result.status == FINISHED:
         print_summary(result, outcome.recorder, show_command=request["sweep"] is None)
-        if request["sweep"] is None:
-            print_trust_hint(task_definition(settings))
+        print_trust_hint(request)
     elif result.status == FAILED and request["sweep"] is not None:
         print_failure(result)
 
@@ -129,10 +128,10 @@ def print_failure(result: JobResult) -> None:
     print(f"job {result.number} failed: {printable_text(str(result.error))}", file=sys.stderr)
 
 
-def print_trust_hint(task: Any) -> None:
+def print_trust_hint(request: Mapping[str, Any]) -> None:
     """Say which packages other commands, which load the run, must be told to trust."""
-    packages = find_untrusted_packages(task)
-    if packages:
+    packages = find_untrusted_packages(task_definition(request["settings"]))
+    if packages and request["sweep"] is None:
         words = f"export {TRUSTED_VARIABLE}={','.join(packages)}"
         print(f"for commands that load this run (predict, finetune, ...): {words}")
 
