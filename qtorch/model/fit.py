@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -43,6 +44,12 @@ from qtorch.model.recipe import FitResult, Recipe
 from qtorch.tracking.recorder import TrainingRecorder
 
 log = logging.getLogger(__name__)
+
+# What torch says of a layer whose inputs have another size than it was made for.
+SHAPE_ERROR = re.compile(
+    "shapes cannot be multiplied|must be equal to input_size|expected input with shape"
+    "|to have [0-9]+ channels|running_mean should contain"
+)
 
 
 def fit_network(
@@ -121,11 +128,26 @@ def fit_network(
                 keeps_folder=recorder is not None or recipe.checkpoint.get("dir") is not None,
             )
             training.prepare(folder, identity, interruption, recorder)
-            with _convert_interruption(folder, recorder, training, checkpoint):
+            with _convert_interruption(folder, recorder, training, checkpoint), _name_shapes(train):
                 training.run(checkpoint)
         result = training.result(checkpoint)
         training.release_memory()
         return result
+
+
+@contextmanager
+def _name_shapes(samples: Samples) -> Iterator[None]:
+    """Raise ConfigError, with the sizes of the data, if a layer takes inputs of other sizes."""
+    try:
+        yield
+    except RuntimeError as error:
+        if SHAPE_ERROR.search(str(error)) is None:
+            raise
+        raise ConfigError(
+            f"a layer of the network takes inputs of another size: {error}. The data have "
+            f"{samples.num_features} features and {samples.num_steps} steps; an argument d_feat or "
+            "step_len of the network's class is filled in with them."
+        ) from error
 
 
 def find_resume_checkpoint(

@@ -413,3 +413,12 @@ def test_another_number_of_features_raises(short_model: LightningModel) -> None:
     )
     with pytest.raises(DataError, match="2 features, but the model was trained on 4"):
         short_model.predict(smaller_dataset)
+
+
+@pytest.mark.parametrize(
+    "layer", [torch.nn.Linear(7, 1), torch.nn.LayerNorm(7), torch.nn.BatchNorm1d(7)]
+)
+def test_layers_of_another_size_are_told_the_sizes_of_the_data(layer: torch.nn.Module) -> None:
+    network = torch.nn.Sequential(torch.nn.Flatten(), layer)
+    with pytest.raises(ConfigError, match=r"another size: .* The data have 4 features and \d"):
+        make_model(network).fit(ToyDataset())
