@@ -15,7 +15,7 @@ from torch import nn
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.identity import digest
-from qtorch.core.runtime import seed_everything
+from qtorch.core.runtime import reuse_freed_memory, seed_everything
 from qtorch.core.session import resolve_path
 from qtorch.data.dataset.samples import Samples
 from qtorch.model.devices.numerics import numerical_settings
@@ -81,6 +81,7 @@ def fit_network(
             size = recipe.trainer.num_devices
             raise ConfigError(f"{len(train)} training samples are too few for {size} devices.")
         seed_everything(recipe.seed)
+        reuse_freed_memory()
         network = make_network().train()  # a fitted network is in evaluation mode
         if tuning is not None:
             network = tuning.prepare_network(network)

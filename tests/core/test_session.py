@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import platform
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -21,6 +24,23 @@ from qtorch.core.session import (
     session_context,
     set_defaults,
 )
+
+MEMORY_PROGRAM = """
+import resource
+import numpy as np
+from qtorch.core.runtime import reuse_freed_memory
+
+def count_page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        blocks = [np.ones(200_000) for _ in range(8)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+assert count_page_faults() > 10_000
+reuse_freed_memory()
+count_page_faults()
+assert count_page_faults() < 100
+"""
 
 
 def test_init_changes_only_the_arguments_that_it_gets():
@@ -149,3 +169,9 @@ def test_partial_file_of_a_killed_writer_is_removed_and_of_a_running_one_stays(t
 
 def test_progress_yields_every_item():
     assert list(progress(range(5), "counting")) == list(range(5))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have other limits")
+def test_memory_of_freed_tensors_is_used_again():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    subprocess.run([sys.executable, "-c", MEMORY_PROGRAM], check=True, env=environment)

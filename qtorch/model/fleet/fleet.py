@@ -17,6 +17,7 @@ import torch
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.identity import digest
+from qtorch.core.runtime import reuse_freed_memory
 from qtorch.data.dataset.samples import Samples
 from qtorch.model.devices.numerics import describe_numerics, numerical_settings
 from qtorch.model.fit import checkpoint_folder, hold_folder
@@ -213,6 +214,7 @@ class Fleet:
         key = self._parked[0].request.key
         first: Member = self._parked[0].request
         recipe = first.inputs.recipe
+        reuse_freed_memory()
         with (
             preserve_generators(),
             numerical_settings(recipe.trainer, recipe.matmul_precision),
