@@ -68,6 +68,7 @@ def fit_network(
     with (
         preserve_generators(),
         quiet_lightning(),
+        reuse_freed_memory(),
         numerical_settings(recipe.trainer, recipe.matmul_precision),
         Interruption() as interruption,
     ):
@@ -81,7 +82,6 @@ def fit_network(
             size = recipe.trainer.num_devices
             raise ConfigError(f"{len(train)} training samples are too few for {size} devices.")
         seed_everything(recipe.seed)
-        reuse_freed_memory()
         network = make_network().train()  # a fitted network is in evaluation mode
         if tuning is not None:
             network = tuning.prepare_network(network)

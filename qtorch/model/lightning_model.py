@@ -537,8 +537,7 @@ class LightningModel(ModelFT):
         if self.input_schema_ is not None:
             samples = self.input_schema_.match_features(samples)
         options = trainer_options(self.trainer, ())
-        reuse_freed_memory()
-        with numerical_settings(options, self.matmul_precision):
+        with reuse_freed_memory(), numerical_settings(options, self.matmul_precision):
             device = trainer_device(options)
             samples = get_module_class(self.module).prepare_prediction(
                 network, samples.to(device), partial(self._load_labeled_samples, dataset)

@@ -16,7 +16,7 @@ import torch
 
 from qtorch.core.errors import ConfigError, FileLockError
 from qtorch.core.files import atomic_write, file_lock, remove_partial_files, write_private
-from qtorch.core.runtime import progress, resolve_device, seed_everything
+from qtorch.core.runtime import MALLOC_VARIABLES, progress, resolve_device, seed_everything
 from qtorch.core.session import (
     FOLDER_VARIABLE,
     resolve_path,
@@ -27,19 +27,22 @@ from qtorch.core.session import (
 
 MEMORY_PROGRAM = """
 import resource
-import numpy as np
 from qtorch.core.runtime import reuse_freed_memory
 
 def count_page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        blocks = [np.ones(200_000) for _ in range(8)]
+    for _ in range(3):
+        blocks = [bytearray(1 << 20), bytearray(40 << 20)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 assert count_page_faults() > 10_000
-reuse_freed_memory()
-count_page_faults()
-assert count_page_faults() < 100
+with reuse_freed_memory():
+    count_page_faults()
+    assert count_page_faults() < 100
+    with reuse_freed_memory():
+        pass
+    assert count_page_faults() < 100
+assert count_page_faults() > 10_000
 """
 
 
@@ -173,5 +176,5 @@ def test_progress_yields_every_item():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have other limits")
 def test_memory_of_freed_tensors_is_used_again():
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(MALLOC_VARIABLES)}
     subprocess.run([sys.executable, "-c", MEMORY_PROGRAM], check=True, env=environment)

@@ -122,8 +122,7 @@ def train_rank(parent: Parent, folder: str, digest: str, rank: int, local_rank: 
     assert train is not None, "the train segment has samples"
     _forward_log(parent, request.log_level if rank == 0 else logging.ERROR)
     recipe = request.recipe
-    reuse_freed_memory()
-    with numerical_settings(recipe.trainer, recipe.matmul_precision):
+    with reuse_freed_memory(), numerical_settings(recipe.trainer, recipe.matmul_precision):
         device, rank_info, recipe.trainer = place_rank(request, rank, local_rank)
         _train_share(parent, Path(folder), request, (train, valid), rank_info, device)
 

@@ -214,9 +214,9 @@ class Fleet:
         key = self._parked[0].request.key
         first: Member = self._parked[0].request
         recipe = first.inputs.recipe
-        reuse_freed_memory()
         with (
             preserve_generators(),
+            reuse_freed_memory(),
             numerical_settings(recipe.trainer, recipe.matmul_precision),
             self.display.on_screen(is_enabled=recipe.trainer.shows_progress_bar),
             Interruption() as interruption,
