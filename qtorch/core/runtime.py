@@ -32,7 +32,12 @@ MALLOC_OPTIONS = {
     M_MMAP_THRESHOLD: (32 << 20, 32 << 20),
     M_MMAP_MAX: (0, 65536),
 }
-MALLOC_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES")
+MALLOC_VARIABLES = {
+    "GLIBC_TUNABLES",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+}
 GPU_SHARE_VARIABLE = "QTORCH_GPU_SHARE"
 CONSOLE = "qtorch console"  # the name of the handler that shows the log
 
@@ -61,8 +66,7 @@ def reuse_freed_memory() -> Iterator[None]:
     environment take precedence.
     """
     library = ctypes.CDLL(None)
-    has_own_settings = any(name.startswith(MALLOC_VARIABLES) for name in os.environ)
-    if not hasattr(library, "malloc_trim") or has_own_settings:
+    if not hasattr(library, "malloc_trim") or MALLOC_VARIABLES & os.environ.keys():
         yield
         return
     context = object()
