@@ -99,21 +99,38 @@ class ICMeter:
 
 def ranks(values: Tensor, day: Tensor) -> Tensor:
     """Rank of each of `values [S]` within its day, starting at 1; ties get their mean rank."""
-    order = torch.argsort(values, stable=True)
+    order = torch.argsort(_sort_keys(values), stable=True)
     sorted_day, by_day = torch.sort(day.index_select(0, order), stable=True)
     order = order.index_select(0, by_day)
     sorted_values = values.index_select(0, order)
-    is_new_group = torch.ones_like(sorted_day, dtype=torch.bool)
-    is_new_group[1:] = (sorted_day[1:] != sorted_day[:-1]) | (
-        sorted_values[1:] != sorted_values[:-1]
-    )
-    group = torch.cumsum(is_new_group, 0)  # number of each group of equal values
-    first = torch.searchsorted(group, group)
-    last = torch.searchsorted(group, group, right=True) - 1
-    # Positions count across all days; a day starts at the number of samples of earlier days.
-    day_start = torch.searchsorted(sorted_day, sorted_day)
+    is_new_day = sorted_day[1:] != sorted_day[:-1]
+    is_new_group = is_new_day | (sorted_values[1:] != sorted_values[:-1])  # of equal values
+    places = torch.arange(len(day), device=day.device)
+    first = _latest(is_new_group, places)
+    last = len(day) - 1 - _latest(is_new_group.flip(0), places).flip(0)
+    # Places count across all days; a day starts at the number of samples of earlier days.
+    day_start = _latest(is_new_day, places)
     rank = (first + last).double() / 2 - day_start + 1.0
     return torch.empty_like(rank).index_copy_(0, order, rank)
+
+
+def _sort_keys(values: Tensor) -> Tensor:
+    """Return int64 numbers in the order of `values` (no NaN), equal ones for equal values.
+
+    A CPU sorts many integers by their digits, in a fifth of the time that floats take.
+    """
+    bits = (values.double() + 0.0).view(torch.int64)  # -0.0 becomes 0.0
+    return torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits)
+
+
+def _latest(is_start: Tensor, places: Tensor) -> Tensor:
+    """Return the latest start at or before each of `places [S]`; the first place is one.
+
+    `is_start [S - 1]` says of the other places whether they are a start.
+    """
+    starts = torch.zeros_like(places)
+    starts[1:] = torch.where(is_start, places[1:], 0)
+    return torch.cummax(starts, 0).values
 
 
 class _Days:

@@ -16,7 +16,7 @@ from torch import nn
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.identity import digest
-from qtorch.core.runtime import seed_everything
+from qtorch.core.runtime import reuse_freed_memory, seed_everything
 from qtorch.core.session import resolve_path
 from qtorch.data.dataset.samples import Samples
 from qtorch.model.devices.numerics import numerical_settings
@@ -75,6 +75,7 @@ def fit_network(
     with (
         preserve_generators(),
         quiet_lightning(),
+        reuse_freed_memory(),
         numerical_settings(recipe.trainer, recipe.matmul_precision),
         Interruption() as interruption,
     ):

@@ -23,6 +23,7 @@ from qtorch.core.errors import (
 )
 from qtorch.core.names import import_path
 from qtorch.core.plain import resolve_config
+from qtorch.core.runtime import reuse_freed_memory
 from qtorch.core.serial import State
 from qtorch.core.session import session
 from qtorch.data.dataset.batches import ORDERS
@@ -536,7 +537,7 @@ class LightningModel(ModelFT):
         if self.input_schema_ is not None:
             samples = self.input_schema_.match_features(samples)
         options = trainer_options(self.trainer, ())
-        with numerical_settings(options, self.matmul_precision):
+        with reuse_freed_memory(), numerical_settings(options, self.matmul_precision):
             device = trainer_device(options)
             samples = get_module_class(self.module).prepare_prediction(
                 network, samples.to(device), partial(self._load_labeled_samples, dataset)

@@ -11,6 +11,7 @@ millisecond), lstm_800 and lstm_100 (two layers of 64, by batch size), dlinear, 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -103,6 +104,7 @@ def run_work(work: str) -> dict[str, Any]:
     from qtorch.trainer import FleetTrainer, TrainerR
 
     TrainerR("warm")(make_task(work, 100))  # imports and the feature cache
+    gc.freeze()  # qtorch's commands do so too after their imports
     trainers = {"serial": TrainerR, "fleet": FleetTrainer}
     result: dict[str, Any] = {"members": MEMBERS.get(work, 8)}
     for name, trainer in trainers.items():

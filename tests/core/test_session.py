@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import platform
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 
 from qtorch.core.errors import ConfigError, FileLockError
 from qtorch.core.files import atomic_write, file_lock, remove_partial_files, write_private
-from qtorch.core.runtime import progress, resolve_device, seed_everything
+from qtorch.core.runtime import MALLOC_VARIABLES, progress, resolve_device, seed_everything
 from qtorch.core.session import (
     FOLDER_VARIABLE,
     resolve_path,
@@ -21,6 +24,26 @@ from qtorch.core.session import (
     session_context,
     set_defaults,
 )
+
+MEMORY_PROGRAM = """
+import resource
+from qtorch.core.runtime import reuse_freed_memory
+
+def count_page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        blocks = [bytearray(1 << 20), bytearray(40 << 20)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+assert count_page_faults() > 10_000
+with reuse_freed_memory():
+    count_page_faults()
+    assert count_page_faults() < 100
+    with reuse_freed_memory():
+        pass
+    assert count_page_faults() < 100
+assert count_page_faults() > 10_000
+"""
 
 
 def test_init_changes_only_the_arguments_that_it_gets():
@@ -149,3 +172,9 @@ def test_partial_file_of_a_killed_writer_is_removed_and_of_a_running_one_stays(t
 
 def test_progress_yields_every_item():
     assert list(progress(range(5), "counting")) == list(range(5))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have other limits")
+def test_memory_of_freed_tensors_is_used_again():
+    environment = {k: v for k, v in os.environ.items() if k not in MALLOC_VARIABLES}
+    subprocess.run([sys.executable, "-c", MEMORY_PROGRAM], check=True, env=environment)

@@ -46,6 +46,19 @@ def test_tied_values_share_their_mean_rank() -> None:
     assert ranks(values, day).tolist() == [2.5, 1.0, 2.5, 1.0, 4.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ranks_of_many_values_equal_those_of_scipy(dtype: torch.dtype) -> None:
+    """So many that torch sorts them by their digits; with both zeros, and infinite values."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=40_000)
+    values[:20_000] = np.round(values[:20_000], 1)  # with 0.0 and -0.0
+    values[::1000], values[1::1000] = np.inf, -np.inf
+    values, day = torch.tensor(values, dtype=dtype), torch.tensor(rng.integers(0, 5, len(values)))
+    result = ranks(values, day)
+    for d in range(5):
+        assert result[day == d].tolist() == stats.rankdata(values[day == d]).tolist()
+
+
 def test_constant_score_has_nan_ic_despite_rounding() -> None:
     result = daily_ic(torch.full((7,), 0.1), torch.randn(7), torch.zeros(7, dtype=torch.long), 1)
     assert math.isnan(result.ic.item())

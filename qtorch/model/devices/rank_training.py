@@ -26,7 +26,7 @@ from torch import nn
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.files import atomic_write
-from qtorch.core.runtime import seed_everything
+from qtorch.core.runtime import reuse_freed_memory, seed_everything
 from qtorch.core.session import Session, set_defaults
 from qtorch.data.dataset.samples import Samples
 from qtorch.data.dataset.shared_samples import read_samples, write_samples
@@ -122,7 +122,7 @@ def train_rank(parent: Parent, folder: str, digest: str, rank: int, local_rank: 
     assert train is not None, "the train segment has samples"
     _forward_log(parent, request.log_level if rank == 0 else logging.ERROR)
     recipe = request.recipe
-    with numerical_settings(recipe.trainer, recipe.matmul_precision):
+    with reuse_freed_memory(), numerical_settings(recipe.trainer, recipe.matmul_precision):
         device, rank_info, recipe.trainer = place_rank(request, rank, local_rank)
         _train_share(parent, Path(folder), request, (train, valid), rank_info, device)
 

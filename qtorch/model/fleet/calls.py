@@ -10,16 +10,19 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
+from qtorch.nn.stacked import use_stacked_layers
+
 
 def call_for_members(
     function: Callable[..., Any], arguments: Sequence[Any], dims: Sequence[Any], rows: Tensor
 ) -> Any:
-    """Call a function of one member for all K members, `rows [K, ...]`."""
+    """Call a function of one member for all K members, `rows [K, ...]`, with stacked layers."""
     stacked_call = vmap(function, in_dims=tuple(dims), randomness="different")
-    if len(rows) > 1 or rows.device.type != "cpu":
-        return stacked_call(*arguments)
-    # One member gets other kernels, and other last digits, than several: make it two.
-    return call_as_two(stacked_call, arguments, dims)
+    with use_stacked_layers():
+        if len(rows) > 1 or rows.device.type != "cpu":
+            return stacked_call(*arguments)
+        # One member gets other kernels, and other last digits, than several: make it two.
+        return call_as_two(stacked_call, arguments, dims)
 
 
 def call_for_one(

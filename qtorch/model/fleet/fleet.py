@@ -17,6 +17,7 @@ import torch
 
 from qtorch.core.errors import ConfigError
 from qtorch.core.identity import digest
+from qtorch.core.runtime import reuse_freed_memory
 from qtorch.data.dataset.samples import Samples
 from qtorch.model.devices.numerics import describe_numerics, numerical_settings
 from qtorch.model.fit import checkpoint_folder, hold_folder
@@ -215,6 +216,7 @@ class Fleet:
         recipe = first.inputs.recipe
         with (
             preserve_generators(),
+            reuse_freed_memory(),
             numerical_settings(recipe.trainer, recipe.matmul_precision),
             self.display.on_screen(is_enabled=recipe.trainer.shows_progress_bar),
             Interruption() as interruption,

@@ -35,7 +35,7 @@ from qtorch.model.loop.progress import (
     mean_or_nan,
 )
 from qtorch.model.loop.scoring import get_readout
-from qtorch.nn.stacked import member_dropout, mix_keys, use_stacked_layers
+from qtorch.nn.stacked import member_dropout, mix_keys
 from qtorch.nn.stacked_layers import StackedLayers
 from qtorch.process.heartbeat import beat
 
@@ -347,14 +347,13 @@ class FleetTraining:
                 # Without vmap, layers use kernels that cannot be batched over members.
                 results = call_for_one(sums_of_member, arguments, dims)
                 return results
-            with use_stacked_layers():
-                if self.layers is not None:
-                    scores = self._chain_scores(arguments[0], dropout_keys, batch, is_shared)
-                elif len(modules) == 1:
-                    results = call_for_members(sums_of_member, arguments, dims, weights)
-                    return results
-                else:
-                    scores = call_for_members(scores_of_member, arguments, dims, weights)
+            if self.layers is not None:
+                scores = self._chain_scores(arguments[0], dropout_keys, batch, is_shared)
+            elif len(modules) == 1:
+                results = call_for_members(sums_of_member, arguments, dims, weights)
+                return results
+            else:
+                scores = call_for_members(scores_of_member, arguments, dims, weights)
             total, weight = self.losses.sums(
                 members, scores, tensors, is_shared=is_shared, is_complete=is_complete
             )
