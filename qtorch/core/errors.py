@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
+from datetime import datetime
 from numbers import Integral
 
 # The import is `qtorch`; on PyPI the name qtorch belongs to another project.
@@ -32,6 +33,22 @@ class ArgumentError(ConfigError, TypeError):
 
 class DataError(QtorchError, ValueError):
     """Data is missing, damaged, or has an unexpected format."""
+
+
+class DuplicateRowError(DataError):
+    """A frame has several rows of the same date and instrument.
+
+    `date` and `instrument` are those of the first such row, `num_duplicates` counts the rows that
+    repeat an earlier one.
+    """
+
+    def __init__(self, date: datetime, instrument: str, num_duplicates: int, advice: str) -> None:
+        self.date = date
+        self.instrument = instrument
+        self.num_duplicates = num_duplicates
+        super().__init__(
+            f"duplicate row ({date:%Y-%m-%d}, {instrument}), {num_duplicates} in all; {advice}."
+        )
 
 
 class ExpressionError(DataError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from qtorch.core.tables import (
 from qtorch.core.trust import load_pickle
 from qtorch.data.panel.column_names import DATE_COLUMNS, INSTRUMENT_COLUMNS
 from qtorch.data.panel.columns import PanelColumns
-from qtorch.data.panel.panel import NAMES, Panel
+from qtorch.data.panel.panel import NAMES, Panel, raise_duplicate
 from qtorch.data.panel.view import FLAT, View, join_views
 from qtorch.data.panel.window_columns import StoredWindowColumns, count_window_steps
 
@@ -52,8 +52,8 @@ class ReadOptions:
 def view_from_frame(frame: pd.DataFrame) -> View:
     """Build a view from a `(datetime, instrument)` frame; two-level columns are `(group, column)`.
 
-    Raises DataError for a frame that `Panel.from_frame` refuses: duplicate rows, dates in
-    descending order, time zones, columns that are not numeric.
+    Raises DataError for a frame that `Panel.from_frame` refuses: duplicate rows, time zones,
+    columns that are not numeric.
     """
     levels = frame.columns.nlevels
     if levels > 2:
@@ -141,7 +141,7 @@ def index_frame(frame: pd.DataFrame, options: ReadOptions | None = None) -> pd.D
 
     Both may be index levels or columns, with their usual spellings in any case. An index of two
     levels without names is taken as dates and instruments, in the order that its types show.
-    Raises DataError for other frames.
+    Raises DataError for other frames, and for duplicate rows if both are not index levels.
     """
     options = options or ReadOptions()
     if isinstance(frame.index, pd.MultiIndex) and frame.index.nlevels == 2:
@@ -167,7 +167,23 @@ def index_frame(frame: pd.DataFrame, options: ReadOptions | None = None) -> pd.D
         ],
         names=list(NAMES),
     )
+    if index.has_duplicates:
+        raise_duplicate(index, _duplicate_advice(frame, [date_column, instrument_column]))
     return table.drop(columns=[date_column, instrument_column]).set_index(index)
+
+
+def _duplicate_advice(frame: pd.DataFrame, keys: Sequence[str]) -> str:
+    """Say how to drop duplicates from a user's frame, whose keys are columns or index levels."""
+    if has_instrument_columns(frame):
+        return "keep one row of each date with frame[~frame.index.duplicated()]"
+    names = [str(column) for column in frame.columns]
+    if all(key in names for key in keys):
+        prefix = "frame"
+    elif frame.index.names == [None]:  # an index of dates, which is called datetime here
+        prefix = "frame.rename_axis('datetime').reset_index()"
+    else:
+        prefix = "frame.reset_index()"
+    return f"keep one of each with {prefix}.drop_duplicates({list(keys)})"
 
 
 def _level_names(index: pd.MultiIndex) -> list[Any]:

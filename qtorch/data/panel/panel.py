@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.dates import date_rows, parse_dates
-from qtorch.core.errors import DataError, unknown_name_message
+from qtorch.core.errors import DataError, DuplicateRowError, unknown_name_message
 from qtorch.core.tables import convert_decimals, text_names
 
 NAMES = ("datetime", "instrument")
@@ -202,20 +202,21 @@ class Panel:
     def from_frame(cls, frame: pd.DataFrame) -> Panel:
         """Build a panel from a `(datetime, instrument)` frame of numeric columns.
 
-        A row of the frame exists, even if all its values are NaN. The rows of an instrument must be
-        in ascending order of date; instrument-major and date-major order are both fine.
+        A row of the frame exists, even if all its values are NaN. The rows may be in any order.
 
-        Raises DataError for other index levels, duplicate or descending rows, time zones, and
-        columns that are not numeric.
+        Raises DataError for other index levels, duplicate rows, time zones, and columns that are
+        not numeric.
         """
         calendar, rows, instruments, columns = _parse_index(frame)
         numeric = _numeric_values(frame)
-        _check_rows(rows, columns, calendar, instruments)
         d, n, f = len(calendar), len(instruments), numeric.shape[1]
         values = torch.full((f, d, n), float("nan"))
         mask = torch.zeros((d, n), dtype=torch.bool)
         cells = (torch.as_tensor(rows), torch.as_tensor(columns))
         mask[cells] = True
+        if int(mask.sum()) < len(frame):
+            index = multi_index(pd.DatetimeIndex(calendar), pd.Index(instruments), *cells)
+            raise_duplicate(index, "keep one of each with frame[~frame.index.duplicated()]")
         for k in range(f):
             values[k][cells] = torch.as_tensor(numeric[:, k].copy())
         fields = [c if isinstance(c, str) else "/".join(map(str, c)) for c in frame.columns]
@@ -323,28 +324,11 @@ def _numeric_values(frame: pd.DataFrame) -> np.ndarray:
     return frame.to_numpy(dtype=np.float32, na_value=np.nan)
 
 
-def _check_rows(
-    rows: np.ndarray, columns: np.ndarray, calendar: pd.DatetimeIndex, instruments: Sequence[str]
-) -> None:
-    """Raise DataError for duplicate rows, and for dates that descend within an instrument.
+def raise_duplicate(index: pd.MultiIndex, advice: str) -> NoReturn:
+    """Raise DuplicateRowError for the first row of a `(datetime, instrument)` index that repeats.
 
-    Comparing neighbours is enough: if dates ascend from row to row, none can repeat.
+    `advice` says how to mend it.
     """
-    if len(rows) == 0:
-        return
-    order = np.argsort(columns, kind="stable")
-    is_same_instrument = columns[order][1:] == columns[order][:-1]
-    step = np.diff(rows[order])
-    for problem, is_bad in (
-        ("duplicate", is_same_instrument & (step == 0)),
-        ("unsorted", is_same_instrument & (step < 0)),
-    ):
-        if is_bad.any():
-            k = order[1:][np.flatnonzero(is_bad)[0]]
-            location = f"({calendar[rows[k]]:%Y-%m-%d}, {instruments[columns[k]]})"
-            fix = (
-                "drop duplicates with frame[~frame.index.duplicated()]"
-                if problem == "duplicate"
-                else "sort with frame.sort_index()"
-            )
-            raise DataError(f"{problem} row {location}, {int(is_bad.sum())} in all; {fix}.")
+    is_duplicate = index.duplicated()
+    date, instrument = index[int(np.flatnonzero(is_duplicate)[0])]
+    raise DuplicateRowError(date, instrument, int(is_duplicate.sum()), advice)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from qtorch.core.content_digest import digest_text
 from qtorch.core.dates import date_texts, frequency
-from qtorch.core.errors import ConfigError, DataError, unknown_name_message
+from qtorch.core.errors import ConfigError, DataError, DuplicateRowError, unknown_name_message
 from qtorch.core.identity import digest
 from qtorch.core.session import resolve_path
 from qtorch.core.tables import (
@@ -197,8 +197,13 @@ class TableSource(PanelSource):
     def _read(self) -> Panel:
         files = self._files()
         is_wide = self.layout == WIDE or (self.layout == AUTO and self._looks_wide(files))
-        frame = self._read_wide(files) if is_wide else self._read_bars(files)
-        return Panel.from_frame(frame if self.adjust is None else _adjust_prices(frame))
+        if is_wide:
+            return Panel.from_frame(self._adjust_prices(self._read_wide(files)))
+        frames = self._read_bars(files)
+        return _build_long_panel({f: self._adjust_prices(bars) for f, bars in frames.items()})
+
+    def _adjust_prices(self, bars: pd.DataFrame) -> pd.DataFrame:
+        return bars if self.adjust is None else adjust_prices(bars)
 
     def _looks_wide(self, files: Sequence[Path]) -> bool:
         """Whether a folder's files are named after fields, and their columns are not."""
@@ -231,19 +236,17 @@ class TableSource(PanelSource):
             )
         return PER_INSTRUMENT
 
-    def _read_bars(self, files: Sequence[Path]) -> pd.DataFrame:
-        """Read one row per bar; files of `per_instrument` need no column of instruments."""
+    def _read_bars(self, files: Sequence[Path]) -> dict[Path, pd.DataFrame]:
+        """Read one row per bar by file; files of `per_instrument` need no column of instruments."""
         names = [self._instrument_names(), self._date_names()]
         tables = {file: self._read_table(file, names) for file in files}
         layout = self._find_layout(tables)
-        frames = []
+        frames = {}
         for number, (file, table) in enumerate(tables.items()):
             instrument = file_stem(file) if layout == PER_INSTRUMENT else None
             context = self._all_date_texts(tables)
-            frames.append(self._parse_bars(table, file, instrument, context, is_first=number == 0))
-        if layout == PER_INSTRUMENT:
-            frames = _select_common_fields(frames)
-        return _concat_frames(frames)
+            frames[file] = self._parse_bars(table, file, instrument, context, is_first=number == 0)
+        return _select_common_fields(frames) if layout == PER_INSTRUMENT else frames
 
     def _read_table(self, file: Path, name_columns: Sequence[Any]) -> pd.DataFrame:
         """Read a file, with the columns that the names of its folders add."""
@@ -459,7 +462,7 @@ def read_memberships(
     return memberships
 
 
-def _adjust_prices(bars: pd.DataFrame) -> pd.DataFrame:
+def adjust_prices(bars: pd.DataFrame) -> pd.DataFrame:
     """Scale prices by adjusted close / close, the volume by its inverse, and add the scale."""
     bars = bars.copy()
     adjusted = bars.pop(ADJUSTED_CLOSE)
@@ -474,36 +477,45 @@ def _adjust_prices(bars: pd.DataFrame) -> pd.DataFrame:
     return bars
 
 
-def _select_common_fields(frames: list[pd.DataFrame]) -> list[pd.DataFrame]:
+def _select_common_fields(frames: Mapping[Path, pd.DataFrame]) -> dict[Path, pd.DataFrame]:
     """Give all frames the columns of the first, in its order; a missing event is 0."""
-    names = list(dict.fromkeys(name for frame in frames for name in frame.columns))
+    names = list(dict.fromkeys(name for frame in frames.values() for name in frame.columns))
     missing = [
         name
         for name in names
-        if name not in EVENT_FIELDS and not all(name in frame for frame in frames)
+        if name not in EVENT_FIELDS and not all(name in frame for frame in frames.values())
     ]
     if missing:
         raise DataError(
             f"the files do not have the same columns: {missing} are not in all of them. "
             "Name the fields to read with columns={'close': 'close', ...}."
         )
-    return [frame.reindex(columns=names, fill_value=0.0) for frame in frames]
+    return {file: frame.reindex(columns=names, fill_value=0.0) for file, frame in frames.items()}
 
 
-def _concat_frames(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    """Concatenate the frames of the files, so that the rows of each instrument ascend by date."""
-    non_empty = sorted((f for f in frames if len(f)), key=lambda frame: frame.index[0][0])
-    if not non_empty:
+def _build_long_panel(frames: Mapping[Path, pd.DataFrame]) -> Panel:
+    """Build a panel from the `(datetime, instrument)` frames of files."""
+    parts = [frame for frame in frames.values() if len(frame)]
+    if not parts:
         raise DataError("the table has no rows.")
-    bars = pd.concat(non_empty) if len(non_empty) > 1 else non_empty[0]
-    dates = bars.index.get_level_values(0)
-    if dates.is_monotonic_increasing:
-        return bars
-    times = dates.to_numpy().astype(np.int64)
-    codes = pd.factorize(bars.index.get_level_values(1))[0]
-    order = np.argsort(codes, kind="stable")
-    steps = np.diff(times[order])[np.diff(codes[order]) == 0]
-    return bars.iloc[np.argsort(times, kind="stable")] if (steps < 0).any() else bars
+    try:
+        return Panel.from_frame(pd.concat(parts) if len(parts) > 1 else parts[0])
+    except DuplicateRowError as error:
+        rows = _find_rows(frames, (error.date, error.instrument))
+        advice = f"keep one of each in the files: {rows}"
+        raise DuplicateRowError(
+            error.date, error.instrument, error.num_duplicates, advice
+        ) from error
+
+
+def _find_rows(frames: Mapping[Path, pd.DataFrame], key: tuple[Any, str]) -> str:
+    """Return the files and the numbers of their first rows that have a date and an instrument."""
+    rows = []
+    for file, frame in frames.items():
+        is_date, is_instrument = (frame.index.get_level_values(k) == key[k] for k in (0, 1))
+        numbers = np.flatnonzero(is_date & is_instrument)
+        rows += [f"row {number + 1} of {file}" for number in numbers]
+    return f"{' and '.join(rows[:2])} (the header does not count)"
 
 
 def _require_column(column: str, table: pd.DataFrame, file: Path) -> str:

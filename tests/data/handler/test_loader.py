@@ -231,7 +231,6 @@ def test_static_universe_comes_from_a_source(source: FrameSource) -> None:
     [
         (pd.DataFrame({"x": [1.0]}), "expected an index or columns"),
         (bars_frame().iloc[[0, 0]], "duplicate"),
-        (bars_frame().iloc[::-1], "unsorted"),
         (bars_frame().assign(name="x"), "must be numeric"),
         (bars_frame().tz_localize("UTC", level=0), "time zone"),
     ],
@@ -239,6 +238,13 @@ def test_static_universe_comes_from_a_source(source: FrameSource) -> None:
 def test_invalid_frames_are_refused(frame: pd.DataFrame, message: str) -> None:
     with pytest.raises(DataError, match=message):
         StaticDataLoader(frame).load()
+
+
+def test_the_rows_of_a_frame_may_be_in_any_order() -> None:
+    frame = bars_frame()
+    pd.testing.assert_frame_equal(
+        StaticDataLoader(frame.iloc[::-1]).load(), StaticDataLoader(frame).load()
+    )
 
 
 def test_missing_files_and_unknown_formats_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
+from qtorch.core.errors import DuplicateRowError
 from qtorch.data.panel.frames import index_frame, view_from_frame
+from qtorch.data.panel.panel import Panel
 from qtorch.data.panel.window_columns import count_window_steps
 
 
@@ -55,3 +57,45 @@ def test_a_frame_of_window_columns_is_gathered_as_windows():
 )
 def test_other_columns_are_no_windows(names):
     assert count_window_steps(names) == 1
+
+
+def bars_with_duplicates():
+    """Three dates of two tickers in columns, of which two rows occur twice; index 0..7."""
+    days = pd.bdate_range("2021-01-04", periods=3)
+    rows = [(day, ticker) for ticker in ("A", "B") for day in days]
+    table = pd.DataFrame(rows, columns=["Date", "ticker"]).assign(close=np.arange(6.0))
+    return pd.concat([table, table.iloc[[0, 4]]], ignore_index=True)
+
+
+# How the keys are stored, and how a user drops the duplicates there.
+DUPLICATE_ADVICE = {
+    "columns": (lambda table: table, "frame.drop_duplicates(['Date', 'ticker'])"),
+    "dates in the index": (
+        lambda table: table.set_index("Date"),
+        "frame.reset_index().drop_duplicates(['Date', 'ticker'])",
+    ),
+    "dates in an index without a name": (
+        lambda table: table.set_index(table.pop("Date").rename(None)),
+        "frame.rename_axis('datetime').reset_index().drop_duplicates(['datetime', 'ticker'])",
+    ),
+    "index": (
+        lambda table: table.set_index(["Date", "ticker"]),
+        "frame[~frame.index.duplicated()]",
+    ),
+    "three levels of the index": (
+        lambda table: table.assign(sector=1.0).set_index(["Date", "ticker", "sector"]),
+        "frame.reset_index().drop_duplicates(['Date', 'ticker'])",
+    ),
+}
+
+
+@pytest.mark.parametrize("location", DUPLICATE_ADVICE)
+def test_the_advice_for_duplicate_rows_drops_them_and_no_others(location):
+    convert, advice = DUPLICATE_ADVICE[location]
+    frame = convert(bars_with_duplicates())
+    with pytest.raises(DuplicateRowError, match=r"\(2021-01-04, A\), 2 in all") as error:
+        Panel.from_frame(index_frame(frame))
+    assert advice in str(error.value)
+    panel = Panel.from_frame(index_frame(eval(advice, {"frame": frame})))
+    assert panel.shape[:2] == (3, 2)
+    assert panel.column("close").T.flatten().tolist() == list(range(6))

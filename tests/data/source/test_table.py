@@ -160,9 +160,18 @@ def assert_data_error(tmp_path, table, match, **options):
 
 def test_duplicate_rows_raise(tmp_path, long_frame):
     duplicates = pd.concat([long_frame, long_frame.iloc[[5]]])
-    assert_data_error(tmp_path, duplicates, r"duplicate row \(2018-")
+    rows = rf"row 6 of \S+bars.parquet and row {len(duplicates)} of \S+bars.parquet"
+    assert_data_error(tmp_path, duplicates, rf"duplicate row \(2018-.*, 1 in all; .*{rows}")
     adjacent = long_frame.iloc[[*range(6), 5, *range(6, 60)]]
-    assert_data_error(tmp_path, adjacent, r"duplicate row \(2018-")
+    assert_data_error(tmp_path, adjacent, r"duplicate row \(2018-.*row 6 of .* and row 7 of ")
+
+
+def test_duplicate_rows_of_two_files_name_both(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv").write_text("date,symbol,close\n2020-01-02,A,1\n")
+    with pytest.raises(DataError, match=r"row 1 of \S+a.csv and row 1 of \S+b.csv") as error:
+        TableSource(tmp_path).load()
+    assert "frame" not in str(error.value)
 
 
 def test_rows_may_be_in_any_order(tmp_path, long_frame):
