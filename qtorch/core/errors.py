@@ -46,9 +46,8 @@ class DuplicateRowError(DataError):
         self.date = date
         self.instrument = instrument
         self.num_duplicates = num_duplicates
-        super().__init__(
-            f"duplicate row ({date:%Y-%m-%d}, {instrument}), {num_duplicates} in all; {advice}."
-        )
+        day = str(date).removesuffix(" 00:00:00")
+        super().__init__(f"duplicate row ({day}, {instrument}), {num_duplicates} in all; {advice}.")
 
 
 class ExpressionError(DataError):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtorch.core.dates import date_rows, parse_dates
-from qtorch.core.errors import DataError, DuplicateRowError, unknown_name_message
+from qtorch.core.errors import DataError, DuplicateRowError, format_count, unknown_name_message
 from qtorch.core.tables import convert_decimals, text_names
 
 NAMES = ("datetime", "instrument")
@@ -304,24 +304,42 @@ def _parse_index(
     return pd.DatetimeIndex(calendar), level_rows[row], list(texts), level_columns[column]
 
 
-def non_numeric_columns(frame: pd.DataFrame) -> str:
-    """Return up to five columns that are not numeric with a cell of each, for messages."""
-    problems = []
-    for k, (column, kind) in enumerate(frame.dtypes.items()):
-        if not pd.api.types.is_numeric_dtype(kind):
-            cells = frame.iloc[:, k].dropna()
-            numbers = pd.to_numeric(cells, errors="coerce")
-            wrong_cells = cells[numbers.isna().to_numpy()] if len(cells) else cells
-            example = f", e.g. {str(wrong_cells.iloc[0])!r:.40}" if len(wrong_cells) else ""
-            problems.append(f"{column!r} ({kind}{example})")
-    return ", ".join(problems[:5])
+def require_numeric(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame whose columns of decimals are floats; raise DataError if others are text.
+
+    The message has up to five columns, with the first wrong cell of each, its date and instrument.
+    """
+    frame = convert_decimals(frame)
+    problems = [
+        _describe_column(frame, k)
+        for k, kind in enumerate(frame.dtypes)
+        if not pd.api.types.is_numeric_dtype(kind)
+    ]
+    if problems:
+        raise DataError(
+            f"every column must be numeric; not numeric: {', '.join(problems[:5])}. Correct or "
+            "empty these cells, or leave out the columns."
+        )
+    return frame
+
+
+def _describe_column(frame: pd.DataFrame, position: int) -> str:
+    """Describe a column that is not numeric, with its first cell that is no number."""
+    cells = frame.iloc[:, position]
+    name = repr(frame.columns[position])
+    is_wrong = (pd.to_numeric(cells, errors="coerce").isna() & cells.notna()).to_numpy()
+    if not is_wrong.any():
+        return f"{name} (numbers of type {cells.dtype}; convert them with astype(float))"
+    row = int(np.flatnonzero(is_wrong)[0])
+    label = cells.index[row]
+    keys = label if isinstance(label, tuple) else (label,)
+    place = ", ".join(str(key).removesuffix(" 00:00:00") for key in keys)
+    number = format_count(int(is_wrong.sum()), "such cell")
+    return f"{name} ({str(cells.iloc[row])!r:.40} at {place}; {number})"
 
 
 def _numeric_values(frame: pd.DataFrame) -> np.ndarray:
-    frame = convert_decimals(frame)
-    if bad := non_numeric_columns(frame):
-        raise DataError(f"every column must be numeric; not numeric: {bad}. Drop or encode them.")
-    return frame.to_numpy(dtype=np.float32, na_value=np.nan)
+    return require_numeric(frame).to_numpy(dtype=np.float32, na_value=np.nan)
 
 
 def raise_duplicate(index: pd.MultiIndex, advice: str) -> NoReturn:

@@ -25,15 +25,12 @@ from qtorch.core.session import session
 from qtorch.core.tables import as_pandas, is_frame, not_text_message
 from qtorch.data.panel.column_names import describe_names, name_fields
 from qtorch.data.panel.frames import ReadOptions, index_frame
-from qtorch.data.panel.panel import Panel
+from qtorch.data.panel.panel import Panel, require_numeric
+from qtorch.data.source.adjusted import adjust_prices, select_adjusted_close, warn_raw_prices
 from qtorch.data.source.base import Bars, Membership, Source
 from qtorch.data.source.qlib import ANY_FREQUENCY, QlibSource
 
 logger = logging.getLogger(__name__)
-
-# A close may be outside low..high by rounding, or in a few damaged bars.
-TOLERANCE = 1e-4
-MIXED_SHARE = 0.05
 
 Universes: TypeAlias = Mapping[str, Sequence[str] | Mapping[str, Any]]
 """By name: a list of instruments, or `{instrument: [(start, end), ...]}`."""
@@ -125,12 +122,12 @@ class FrameSource(PanelSource):
     Dates and instruments are index levels or columns with a usual spelling (`Date`, `ticker`, ...).
     The other columns are the fields (`$close`, `close` and `Close` are the same). Frames of polars
     and of other libraries that Arrow can read are converted. `date_format` and `timezone`: see
-    `qtorch.core.dates.parse_dates`. `universes` maps a name to a
-    list of instruments or to `{instrument: [(start, end), ...]}`. The universe `all` always
-    exists and has each instrument from its first to its last row. A date between the two without
-    a row for the instrument is a suspended day: its values are NaN. If a Panel's mask is narrower
-    than `all`, it becomes the universe `members`. `freq` is the frequency of the bars, such as
-    "30min"; None detects it.
+    `qtorch.core.dates.parse_dates`. `adjust` names the column of the adjusted closes, by which all
+    prices are scaled, as in TableSource. `universes` maps a name to a list of instruments or to
+    `{instrument: [(start, end), ...]}`. The universe `all` always exists and has each instrument
+    from its first to its last row. A date between the two without a row for the instrument is a
+    suspended day: its values are NaN. If a Panel's mask is narrower than `all`, it becomes the
+    universe `members`. `freq` is the frequency of the bars, such as "30min"; None detects it.
 
     Raises DataError for a frame that `Panel.from_frame` rejects, and for what is no frame.
     """
@@ -143,9 +140,12 @@ class FrameSource(PanelSource):
         freq: str | None = None,
         date_format: str | None = None,
         timezone: str | None = None,
+        adjust: str | None = None,
     ) -> None:
         options = ReadOptions(date_format, timezone)
-        panel = frame if isinstance(frame, Panel) else read_bar_frame(frame, options)
+        if isinstance(frame, Panel) and adjust is not None:
+            raise ConfigError(f"adjust={adjust!r} needs a DataFrame; pass panel.to_frame().")
+        panel = frame if isinstance(frame, Panel) else read_bar_frame(frame, options, adjust)
         self._panel = sort_panel(panel)
         self._memberships: dict[str, Membership] = {"all": span_membership(self._panel)}
         if isinstance(frame, Panel):
@@ -177,36 +177,31 @@ def as_source(data: Source | Panel | pd.DataFrame) -> Source:
     raise DataError(f"expected a Source, a Panel or a DataFrame, got {type(data).__name__}.")
 
 
-def read_bar_frame(frame: Any, options: ReadOptions) -> Panel:
-    """Convert a user's frame of bars to a panel, with the usual names of its fields."""
+def read_bar_frame(frame: Any, options: ReadOptions, adjust: str | None = None) -> Panel:
+    """Convert a user's frame of bars to a panel, with the usual names of its fields.
+
+    `adjust` names the column of the adjusted closes, see TableSource.
+    """
     frame = index_frame(as_pandas(frame), options)
-    if frame.columns.nlevels == 1:
-        fields = name_fields([str(c) for c in frame.columns])
-        names = {column: field for field, column in fields.items()}
-        frame = frame.set_axis([names[str(c)] for c in frame.columns], axis=1)
-        if text := describe_names(fields):
-            logger.info("columns read under their usual names: %s", text)
-    panel = Panel.from_frame(frame)
-    warn_mixed_prices(panel, "the frame")
+    if frame.columns.nlevels > 1:
+        if adjust is not None:
+            raise DataError(
+                f"adjust={adjust!r} needs a frame whose columns have one level, such as 'close'; "
+                f"got {frame.columns.nlevels} levels."
+            )
+        return Panel.from_frame(frame)
+    frame = require_numeric(frame)
+    columns = [str(column) for column in frame.columns]
+    fields = name_fields(columns)
+    if adjust is not None:
+        fields = select_adjusted_close(fields, adjust, columns, "column")
+    names = {column: field for field, column in fields.items()}
+    frame = frame.set_axis([names[column] for column in columns], axis=1)
+    if text := describe_names(fields):
+        logger.info("columns read under their usual names: %s", text)
+    panel = Panel.from_frame(frame if adjust is None else adjust_prices(frame))
+    warn_raw_prices(panel, fields, "the frame")
     return panel
-
-
-def warn_mixed_prices(panel: Panel, location: str) -> None:
-    """Warn if many closes are outside low..high, as adjusted closes beside raw prices are."""
-    if not {"low", "high", "close"} <= set(panel.fields):
-        return
-    low, high, close = (panel.column(name) for name in ("low", "high", "close"))
-    is_bar = ~(low.isnan() | high.isnan() | close.isnan())
-    is_outside = is_bar & ((close < low * (1 - TOLERANCE)) | (close > high * (1 + TOLERANCE)))
-    share = float(is_outside.sum()) / max(int(is_bar.sum()), 1)
-    if share > MIXED_SHARE:
-        logger.warning(
-            "%s: the close is outside low..high in %.0f%% of the bars, as if it were adjusted and "
-            "the other prices were not. Read the raw close, and scale all prices together with "
-            "adjust=, the name of the adjusted close (TableSource, data.adjust='Adj Close').",
-            location,
-            100 * share,
-        )
 
 
 def sort_panel(panel: Panel) -> Panel:

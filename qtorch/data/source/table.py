@@ -25,7 +25,6 @@ from qtorch.core.tables import (
     text_names,
 )
 from qtorch.data.panel.column_names import (
-    ADJUSTED_CLOSE,
     DATE_COLUMNS,
     EVENT_FIELDS,
     INSTRUMENT_COLUMNS,
@@ -36,20 +35,18 @@ from qtorch.data.panel.column_names import (
     usual_field,
 )
 from qtorch.data.panel.frames import ReadOptions
-from qtorch.data.panel.panel import NAMES, Panel, duplicate_names, non_numeric_columns
+from qtorch.data.panel.panel import NAMES, Panel, duplicate_names, require_numeric
 from qtorch.data.panel.spans import read_spans
+from qtorch.data.source.adjusted import adjust_prices, select_adjusted_close, warn_raw_prices
 from qtorch.data.source.base import Membership
 from qtorch.data.source.frame import (
     Memberships,
     PanelSource,
     Universes,
     span_membership,
-    warn_mixed_prices,
 )
 
 logger = logging.getLogger(__name__)
-
-PRICES = ("open", "high", "low", "close", "vwap")
 
 AUTO, LONG, PER_INSTRUMENT, WIDE = LAYOUTS = ("auto", "long", "per_instrument", "wide")
 DATETIME, INSTRUMENT = NAMES
@@ -121,7 +118,7 @@ class TableSource(PanelSource):
             raise DataError(
                 f"layout {layout!r} needs a folder of files, but {self._root} is a file."
             )
-        self._is_mixture = False  # adjusted and raw prices by the names of their columns
+        self._names: Mapping[str, str] = {}  # the columns by field, of the first file
         self._panel: Panel | None = None
         self._memberships: Mapping[str, Membership] | None = None
         self._panel_fingerprint: str | None = None
@@ -137,8 +134,7 @@ class TableSource(PanelSource):
                     raise
                 raise DataError(f"{self._root}: {error}") from error
             logger.info("read %s from %s", self._panel, self._root)
-            if not self._is_mixture:
-                warn_mixed_prices(self._panel, str(self._root))
+            warn_raw_prices(self._panel, self._names, str(self._root))
         return self._panel
 
     def memberships(self) -> Mapping[str, Membership]:
@@ -261,7 +257,7 @@ class TableSource(PanelSource):
         files: dict[str, list[Path]] = {}
         for file in paths:
             files.setdefault(file_stem(file), []).append(file)
-        fields = self._name_fields(list(files), "file of a field")
+        self._names = fields = self._name_fields(list(files), "file of a field")
         for name in fields.values():
             if len(files[name]) > 1:
                 first, second = files[name][:2]
@@ -287,7 +283,7 @@ class TableSource(PanelSource):
         """Convert a field's table to a `(datetime, instrument)` Series without its NaN cells."""
         date_column = self._date_column(table, file, is_wide=True)
         dates = self._parse_dates(table[date_column], file, context)
-        wide = convert_decimals(table.drop(columns=date_column))
+        wide = convert_decimals(table.drop(columns=date_column)).set_axis(dates, axis=0)
         _require_numeric(wide, file)
         if not dates.is_unique:
             date = dates[dates.duplicated()][0]
@@ -311,17 +307,7 @@ class TableSource(PanelSource):
         fields = {f.lstrip("$"): name for f, name in mapping.items()} or name_fields(columns)
         if self.adjust is None:
             return fields
-        adjusted = find_column(columns, [self.adjust])
-        if adjusted is None:
-            message = unknown_name_message(f"{kind} for adjust", self.adjust, columns)
-            raise DataError(message)
-        if fields.get("close", adjusted) == adjusted or "factor" in fields:
-            raise DataError(
-                f"adjust={self.adjust!r} needs the raw close beside the adjusted one, and no field "
-                f"factor; the fields are {fields}."
-            )
-        fields = {field: name for field, name in fields.items() if name != adjusted}
-        return {**fields, ADJUSTED_CLOSE: adjusted}
+        return select_adjusted_close(fields, self.adjust, columns, kind)
 
     def _instrument_names(self) -> Sequence[str]:
         column = self.columns.get(INSTRUMENT)
@@ -341,31 +327,6 @@ class TableSource(PanelSource):
             is_first = find_column(columns[:1], DATE_COLUMNS) is not None
             return columns[0] if is_first or not exact_names else exact_names[0]
         return _usual_column(DATETIME, DATE_COLUMNS, columns, file)
-
-    def _log_names(self, names: Mapping[str, str], file: Path) -> None:
-        """Say how the columns were read, and warn if adjusted and raw prices are mixed."""
-        text = describe_names(names)
-        if ADJUSTED_CLOSE in names and self.adjust is None:
-            text = f"{text or 'all under their names'}; prices are not adjusted, adjust="
-            text += f"{names[ADJUSTED_CLOSE]!r} scales them"
-        if text:
-            logger.info("columns of %s: %s", file, text)
-        raw_prices = [
-            names[field]
-            for field in ("open", "high", "low")
-            if field in names and usual_field(names[field]) == field
-        ]
-        is_adjusted = usual_field(names.get("close", "")) == ADJUSTED_CLOSE
-        self._is_mixture = bool(raw_prices) and is_adjusted
-        if self._is_mixture:
-            logger.warning(
-                "%s: the close is the adjusted %r, but %s are raw; read the raw close, and scale "
-                "all prices together with adjust=%r.",
-                file,
-                names["close"],
-                ", ".join(raw_prices),
-                names["close"],
-            )
 
     # -- one file --------------------------------------------------------------------------------
 
@@ -407,15 +368,16 @@ class TableSource(PanelSource):
         except DataError as error:
             raise DataError(f"{file}: {error}") from error
         if is_first:
-            self._log_names({**index_columns, **fields}, file)
+            self._names = fields
+            if text := describe_names({**index_columns, **fields}):
+                logger.info("columns of %s: %s", file, text)
         bars = convert_decimals(table[list(fields.values())])
+        bars.index = pd.MultiIndex.from_arrays([dates, instruments], names=[DATETIME, INSTRUMENT])
         if len(bars):
             _require_numeric(bars, file)
         else:
             bars = bars.astype(np.float64)
-        bars = bars.set_axis(list(fields), axis=1)
-        bars.index = pd.MultiIndex.from_arrays([dates, instruments], names=[DATETIME, INSTRUMENT])
-        return bars
+        return bars.set_axis(list(fields), axis=1)
 
     def _has_field_mapping(self) -> bool:
         return not set(self.columns) <= set(NAMES)
@@ -460,21 +422,6 @@ def read_memberships(
     for universe, instrument, start, end in table.itertuples(index=False):
         memberships.setdefault(universe, {}).setdefault(instrument, []).append((start, end))
     return memberships
-
-
-def adjust_prices(bars: pd.DataFrame) -> pd.DataFrame:
-    """Scale prices by adjusted close / close, the volume by its inverse, and add the scale."""
-    bars = bars.copy()
-    adjusted = bars.pop(ADJUSTED_CLOSE)
-    factor = (adjusted / bars["close"]).where(bars["close"] != 0)
-    for field in PRICES:
-        if field in bars:
-            bars[field] = bars[field] * factor
-    bars["close"] = adjusted.where(factor.notna())
-    if "volume" in bars:
-        bars["volume"] = (bars["volume"] / factor).where(factor != 0)
-    bars["factor"] = factor
-    return bars
 
 
 def _select_common_fields(frames: Mapping[Path, pd.DataFrame]) -> dict[Path, pd.DataFrame]:
@@ -540,12 +487,14 @@ def _row_numbers(table: pd.DataFrame) -> list[str]:
 
 
 def _require_numeric(table: pd.DataFrame, file: Path) -> None:
-    if problems := non_numeric_columns(table):
-        hint = ", or set decimal=',' for decimal commas" if has_decimal_commas(table) else ""
+    try:
+        require_numeric(table)
+    except DataError as error:
+        hint = "; or set decimal=',' for decimal commas" if has_decimal_commas(table) else ""
         raise DataError(
-            f"{file}: columns that are not numeric: {problems}. Name the fields "
-            f"to read to leave them out: columns={{'close': 'close', ...}}{hint}."
-        )
+            f"{file}: {str(error).removesuffix('.')}: "
+            f"columns={{'close': 'close', ...}} names those to read{hint}."
+        ) from error
 
 
 def has_decimal_commas(table: pd.DataFrame) -> bool:

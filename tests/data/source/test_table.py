@@ -211,6 +211,21 @@ def test_columns_that_are_not_numeric_raise(tmp_path, long_frame):
     assert_data_error(tmp_path, long_frame.assign(name="x"), r"not numeric: 'name'.*columns=")
 
 
+def test_a_cell_that_is_no_number_is_named_with_its_row(tmp_path, long_frame):
+    table = long_frame.astype({"open": object})
+    table.loc[7, "open"] = "abc"
+    place = f"{table['datetime'][7]:%Y-%m-%d}, S00"
+    message = rf"'open' \('abc' at {place}; 1 such cell\)"
+    assert_data_error(tmp_path, table.astype({"open": str}), message)
+    with pytest.raises(DataError, match=message):
+        FrameSource(table)
+    wide = pd.DataFrame({"date": ["2020-01-02", "2020-01-03"], "A": [1, 2], "B": [3, "x"]})
+    (tmp_path / "wide").mkdir()
+    wide.to_csv(tmp_path / "wide" / "close.csv", index=False)
+    with pytest.raises(DataError, match=r"close.csv: .*'B' \('x' at 2020-01-03; 1 such cell\)"):
+        TableSource(tmp_path / "wide", layout="wide").load()
+
+
 def test_unknown_columns_raise(tmp_path, long_frame):
     assert_data_error(
         tmp_path, long_frame, r"unknown column 'clos'.*'close'", columns={"close": "clos"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import gzip
+import io
 import logging
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from qtorch.core.errors import DataError
+from qtorch.core.errors import ConfigError, DataError
 from qtorch.data.source.frame import FrameSource
 from qtorch.data.source.table import TableSource
 
@@ -72,8 +73,8 @@ def test_the_row_numbers_of_to_csv_are_no_field(tmp_path):
 def test_problems_of_csv_files_are_one_line(tmp_path):
     path = tmp_path / "a.csv"
     for content, message in {
-        ROWS.replace(",", ";").replace(".", ",").encode(): r"'close' \(str, e.g. '1,5'\).*decimal=",
-        ROWS.replace("1.5", "-").encode(): r"'close' \(str, e.g. '-'\)",
+        ROWS.replace(",", ";").replace(".", ",").encode(): r"'close' \('1,5' at .*decimal=",
+        ROWS.replace("1.5", "-").encode(): r"'close' \('-' at 2020-01-02",
         ROWS.replace("000001", "股票").encode("gbk"): "is not text in UTF-8",
         b"date,symbol,close\n": "has no rows",
         b"": "cannot be read as a table",
@@ -174,7 +175,6 @@ def test_a_folder_with_a_file_per_ticker(tmp_path, caplog):
     lines = [r.message for r in caplog.records if "columns of" in r.message]
     assert len(lines) == 1
     assert "Date as datetime, Open as open" in lines[0]
-    assert "adjust='Adj Close'" in lines[0]
 
 
 def test_yfinance_writes_two_lines_of_header(tmp_path):
@@ -255,6 +255,42 @@ def test_adjusting_scales_all_prices(tmp_path, adjust):
     assert source.fingerprint() != TableSource(tmp_path).fingerprint()
 
 
+def test_a_frame_is_adjusted_like_its_table(tmp_path):
+    (tmp_path / "A.csv").write_text(YAHOO)
+    frame = pd.read_csv(tmp_path / "A.csv").assign(ticker="A")
+    source = FrameSource(frame, adjust="Adj Close")
+    table = TableSource(tmp_path, adjust="Adj Close")
+    assert source.panel().fingerprint() == table.panel().fingerprint()
+    with pytest.raises(DataError, match=r"unknown column for adjust 'Adjusted'"):
+        FrameSource(frame, adjust="Adjusted")
+    with pytest.raises(ConfigError, match=r"adjust='Adj Close' needs a DataFrame"):
+        FrameSource(source.panel(), adjust="Adj Close")
+
+
+@pytest.mark.parametrize("layout", ["per_instrument", "wide", "frame"])
+def test_raw_prices_beside_an_adjusted_close_are_one_warning(tmp_path, caplog, layout):
+    (tmp_path / "A.csv").write_text(YAHOO)
+    frame = pd.read_csv(tmp_path / "A.csv")
+    if layout == "frame":
+        FrameSource(frame.assign(ticker="A"))
+    else:
+        if layout == "wide":
+            for field in ("Close", "Adj Close"):
+                wide = frame[["Date", field]].set_axis(["Date", "A"], axis=1)
+                wide.to_csv(tmp_path / f"{field}.csv", index=False)
+            (tmp_path / "A.csv").unlink()
+        TableSource(tmp_path, layout=layout).panel()
+    (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert "the prices are raw, so splits and dividends look like returns" in warning
+    assert "data.adjust=\"Adj Close\" (in Python adjust='Adj Close'" in warning
+
+
+def test_an_adjusted_close_that_equals_the_close_is_no_warning(tmp_path, caplog):
+    frame = pd.read_csv(io.StringIO(YAHOO)).assign(ticker="A")
+    FrameSource(frame.assign(Close=frame["Adj Close"]).drop(columns=["Open", "High", "Low"]))
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
 def test_adjusting_needs_the_raw_and_the_adjusted_close(tmp_path):
     (tmp_path / "A.csv").write_text(YAHOO)
     with pytest.raises(DataError, match=r"unknown column for adjust 'Adjusted'"):
@@ -278,6 +314,5 @@ def test_a_mixture_of_adjusted_and_raw_prices_is_a_warning(tmp_path, caplog):
     assert "the close is outside low..high in 10% of the bars" in caplog.text
     caplog.clear()
     FrameSource(frame.assign(close=11.0))
-    TableSource(tmp_path).panel()
     TableSource(tmp_path, adjust="Adj Close").panel()
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
