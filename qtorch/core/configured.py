@@ -60,6 +60,11 @@ class Configured(metaclass=ConfiguredMeta):
         )
         return f"{type(self).__name__}({', '.join(texts)})"
 
+    @classmethod
+    def suggest_place(cls, name: str) -> str | None:
+        """Return how to write an argument that belongs to a part of the object, for messages."""
+        return None
+
     def to_config(self) -> dict[str, Any]:
         """Return `{"_target_": import path of the class, argument: plain value, ...}`.
 
@@ -100,6 +105,9 @@ def check_arguments(
     ]
     for name in kwargs:
         title = getattr(target, "__qualname__", repr(target))
+        is_own_class = isinstance(target, type) and issubclass(target, Configured)
+        if name not in valid_names and is_own_class and (place := target.suggest_place(name)):
+            raise ArgumentError(f"unknown argument of {title} {name!r}. Did you mean {place}?")
         check_name(f"argument of {title}", name, valid_names, limit=40, error=ArgumentError)
 
 

@@ -82,6 +82,7 @@ from qtorch.model.loop.training import quiet_lightning
 from qtorch.model.network_config import (
     build_network,
     check_network_sizes,
+    class_to_config,
     complete_network_config,
     is_lightning_module,
     network_config,
@@ -113,8 +114,9 @@ class LightningModel(ModelFT):
     """A network, the settings of its training and, after `fit`, its weights.
 
     `network`: a configuration (`{"_target_": "qtorch.nn.LSTM", "hidden_size": 64}`), a dotted name,
-    a bare name in qtorch.nn, or a live module, which is copied. `d_feat` (and `step_len` and
-    `num_outputs` if the network has them) are filled in from the dataset. Any `torch.nn.Module`
+    a bare name in qtorch.nn, a class at the top level of a module or notebook, or a live module,
+    which is copied. `d_feat` (and `step_len` and `num_outputs` if the network has them) are filled
+    in from the dataset. Any `torch.nn.Module`
     works: it receives `x [B, T, F]` (or what its `inputs` declares) and returns `[B]` or `[B, Q]`.
     A `LightningModule` uses its own training loop: its `training_step` and `validation_step` take a
     `Batch`, and its `predict_step` returns the scores of a batch; `loss`, `optimizer`, `scheduler`
@@ -171,7 +173,7 @@ class LightningModel(ModelFT):
 
     def __init__(
         self,
-        network: str | Mapping[str, Any] | nn.Module,
+        network: str | Mapping[str, Any] | type[nn.Module] | nn.Module,
         loss: Any = "mse",
         optimizer: Any = None,
         scheduler: Any = None,
@@ -192,7 +194,7 @@ class LightningModel(ModelFT):
         allow_nonfinite: bool = False,
         seed: int | None = None,
     ) -> None:
-        self.network = network
+        self.network = class_to_config(network) if isinstance(network, type) else network
         self.loss, self.optimizer, self.scheduler = loss, optimizer, scheduler
         self.batch = _merge_options("batch", batch, BATCH_DEFAULTS)
         if trainer is not None and not isinstance(trainer, Mapping):
@@ -219,6 +221,12 @@ class LightningModel(ModelFT):
         self.evals_result_: dict[str, dict[str, list[float]]] = {}
         self.fit_report_: dict[str, Any] = {}
         self.seed_: int | None = None
+
+    @classmethod
+    def suggest_place(cls, name: str) -> str | None:
+        from qtorch.model.argument_hints import suggest_place  # imports all networks
+
+        return suggest_place(name)
 
     # -- training ------------------------------------------------------------------------------
 

@@ -20,6 +20,18 @@ from qtorch.nn.network import Network
 NETWORK_MODULE = "qtorch.nn"
 
 
+def class_to_config(network: type) -> dict[str, Any]:
+    """Return the configuration of a network by its class, whose arguments follow from the data.
+
+    Raises ConfigError for a class that is no torch.nn.Module.
+    """
+    if not issubclass(network, nn.Module):
+        raise ConfigError(
+            f"the network is the class {network.__name__}; expected a class of torch.nn.Module."
+        )
+    return {"_target_": network}
+
+
 def check_network_sizes(spec: Any) -> None:
     """Raise ConfigError for sizes and a dropout that none of qtorch's networks can have.
 

@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from toy_training import ToyDataset, ToyRecorder, fit_model, make_model, model_weights, same_weights
+from user_networks import LastStep
 
 from qtorch.core.errors import ArgumentError, ConfigError, DataError, NotFittedError, TrustError
 from qtorch.core.serial import State
@@ -395,6 +396,48 @@ def test_config_builds_the_same_model() -> None:
     config = model.to_config()
     assert config["_target_"] == "qtorch.model.LightningModel"
     assert init_instance_by_config(config).to_config() == config
+
+
+def test_a_class_is_built_and_saved_as_its_import_path_is(dataset: ToyDataset) -> None:
+    model, named = make_model(LastStep), make_model("user_networks.LastStep")
+    for each in (model, named):
+        each.fit(dataset)
+    assert same_weights(model_weights(model), model_weights(named))
+    assert model.to_config()["network"] == {"_target_": "user_networks.LastStep"}
+    assert model.network_config_ == named.network_config_
+    state = model.to_state()
+    assert LightningModel.from_state(state).predict(dataset).equals(model.predict(dataset))
+
+
+def test_a_class_that_no_configuration_can_name_is_refused(dataset: ToyDataset) -> None:
+    class Local(LastStep):
+        pass
+
+    with pytest.raises(ConfigError, match="cannot be imported by name; define it at the top level"):
+        make_model(Local).fit(dataset)
+    with pytest.raises(ConfigError, match=r"is the class dict; expected a class of torch\.nn"):
+        make_model(dict)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("lr", "optimizer={'lr': ...}"),
+        ("learning_rate", "optimizer={'lr': ...}"),
+        ("weight_decay", "optimizer={'weight_decay': ...}"),
+        ("n_epochs", "trainer={'max_epochs': ...}"),
+        ("max_epochs", "trainer={'max_epochs': ...}"),
+        ("batch_size", "batch={'size': ...}"),
+        ("hidden_size", "network={'_target_': 'qtorch.nn.LSTM', 'hidden_size': ...}"),
+        ("kernel_size", "network={'_target_': 'qtorch.nn."),
+        ("early_stp", "'early_stop'"),
+    ],
+)
+def test_an_argument_of_a_part_is_named_with_its_part(name: str, place: str) -> None:
+    with pytest.raises(ArgumentError) as error:
+        LightningModel("GRU", **{name: 1})
+    assert f"Did you mean {place}" in str(error.value)
+    assert name != "lr" or LightningModel("GRU", optimizer={"lr": 1}).check_settings() is None
 
 
 def test_nan_features_raise_a_clear_error() -> None:
