@@ -13,6 +13,7 @@ from qtorch.record import PortAnaRecord
 from qtorch.record.base import Record
 from qtorch.trainer import task_train
 from qtorch.trainer.checks import check_segments, check_task
+from qtorch.trainer.segments import resolve_segments
 
 pytestmark = pytest.mark.slow  # The full CI alone composes a configuration for each of them.
 
@@ -321,6 +322,16 @@ def test_the_device_is_that_of_the_machine_that_trains():
     task = compose_settings("train", settings)["task"]
     check_task(task, check_device=False)
     with pytest.raises(ConfigError, match="device 'cuda:99' does not exist"):
+        check_task(task)
+
+
+def test_portfolio_larger_than_a_table_that_was_read_for_its_calendar(tmp_path):
+    bars = SyntheticSource(3, "2018-07-01", "2020-06-30").load(instruments="stocks")
+    path = tmp_path / "bars.parquet"
+    bars.to_frame().reset_index().to_parquet(path)
+    settings = compose_settings("train", ["data=table", f"data.path={path}", "record=full"])
+    task = resolve_segments(settings["task"])
+    with pytest.raises(ConfigError, match="topk=50 is more than the 3 instruments of the test"):
         check_task(task)
 
 

@@ -51,6 +51,10 @@ logger = logging.getLogger(__name__)
 AUTO, LONG, PER_INSTRUMENT, WIDE = LAYOUTS = ("auto", "long", "per_instrument", "wide")
 DATETIME, INSTRUMENT = NAMES
 
+# The panel that was read last in this process, by its folder and fingerprint. The segments of a
+# task, its dataset and the windows of a rolling study each have a source of the same files.
+_last_panel: dict[tuple[str, str], Panel] = {}
+
 
 class TableSource(PanelSource):
     """Reads bars from parquet and CSV files into memory.
@@ -123,19 +127,33 @@ class TableSource(PanelSource):
         self._memberships: Mapping[str, Membership] | None = None
         self._panel_fingerprint: str | None = None
 
+    @property
+    def knows_names(self) -> bool:
+        if self._panel is not None:
+            return True
+        return bool(_last_panel) and (str(self._root), self._compute_fingerprint()) in _last_panel
+
     def panel(self) -> Panel:
         if self._panel is None:
             self._panel_fingerprint = self._compute_fingerprint()
-            try:
-                self._panel = self._read()
-            except DataError as error:
-                # Add the path for the user; an error about a single file names it already.
-                if str(self._root) in str(error):
-                    raise
-                raise DataError(f"{self._root}: {error}") from error
-            logger.info("read %s from %s", self._panel, self._root)
-            warn_raw_prices(self._panel, self._names, str(self._root))
+            key = (str(self._root), self._panel_fingerprint)
+            if key not in _last_panel:
+                _last_panel.clear()
+                _last_panel[key] = self._read_with_log()
+            self._panel = _last_panel[key]
         return self._panel
+
+    def _read_with_log(self) -> Panel:
+        try:
+            panel = self._read()
+        except DataError as error:
+            # Add the path for the user; an error about a single file names it already.
+            if str(self._root) in str(error):
+                raise
+            raise DataError(f"{self._root}: {error}") from error
+        logger.info("read %s from %s", panel, self._root)
+        warn_raw_prices(panel, self._names, str(self._root))
+        return panel
 
     def memberships(self) -> Mapping[str, Membership]:
         if self._memberships is None:

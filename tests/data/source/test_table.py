@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qtorch.core.errors import ConfigError, DataError
+from qtorch.data.source import table as table_module
 from qtorch.data.source.frame import FrameSource
 from qtorch.data.source.qlib import QlibSource
 from qtorch.data.source.table import TableSource
@@ -172,6 +173,27 @@ def test_duplicate_rows_of_two_files_name_both(tmp_path):
     with pytest.raises(DataError, match=r"row 1 of \S+a.csv and row 1 of \S+b.csv") as error:
         TableSource(tmp_path).load()
     assert "frame" not in str(error.value)
+
+
+def test_sources_of_the_same_files_read_them_once(tmp_path, long_frame, monkeypatch):
+    reads, read_table = [], table_module.read_table
+
+    def count_read(path, *args, **options):
+        reads.append(path)
+        return read_table(path, *args, **options)
+
+    monkeypatch.setattr(table_module, "read_table", count_read)
+    first = load_table(tmp_path, long_frame)
+    source = TableSource(tmp_path / "bars.parquet")
+    assert source.knows_names
+    assert source.load().fingerprint() == first.fingerprint()
+    assert len(reads) == 1
+    opens = TableSource(tmp_path / "bars.parquet", columns={"open": "open"})
+    assert not opens.knows_names
+    assert opens.fields() == ("open",)
+    changed = load_table(tmp_path, long_frame.assign(close=1.0))
+    assert len(reads) == 3
+    assert changed.fingerprint() != first.fingerprint()
 
 
 def test_rows_may_be_in_any_order(tmp_path, long_frame):
