@@ -316,8 +316,13 @@ class DataHandler(Configured, Serializable):
             yield date, self.fetch(self.get_range_selector(date, periods), **fetch)
 
     def __repr__(self) -> str:
-        span = f"{self.instruments}, {self.start_time}..{self.end_time}"
-        return f"{type(self).__name__}({span}, {'loaded' if self._raw else 'not loaded'})"
+        start, end = self.start_time, self.end_time
+        if self._raw is not None:
+            span, state = coverage_dates(self._raw.dates), "loaded"
+        else:
+            span = "all dates" if start is end is None else f"{start or ''}..{end or ''}"
+            state = "not loaded"
+        return f"{type(self).__name__}({self.instruments}, {span}, {state})"
 
 
 def check_key(data_key: str) -> None:

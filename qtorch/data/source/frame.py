@@ -25,7 +25,7 @@ from qtorch.core.session import session
 from qtorch.core.tables import as_pandas, is_frame, not_text_message
 from qtorch.data.panel.column_names import describe_names, name_fields
 from qtorch.data.panel.frames import ReadOptions, index_frame
-from qtorch.data.panel.panel import Panel, require_numeric
+from qtorch.data.panel.panel import Panel, coverage_dates, require_numeric
 from qtorch.data.source.adjusted import adjust_prices, select_adjusted_close, warn_raw_prices
 from qtorch.data.source.base import Bars, Membership, Source
 from qtorch.data.source.qlib import ANY_FREQUENCY, QlibSource
@@ -160,6 +160,12 @@ class FrameSource(PanelSource):
     @property
     def knows_names(self) -> bool:
         return True
+
+    def __repr__(self) -> str:
+        panel = self._panel
+        d, n, _ = panel.shape
+        size = f"{d} dates {coverage_dates(panel.calendar)}, {n} instruments"
+        return f"{type(self).__name__}({size}, fields {join_names(panel.fields)})"
 
     def panel(self) -> Panel:
         return self._panel

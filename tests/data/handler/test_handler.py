@@ -459,3 +459,18 @@ def test_a_loader_must_override_view_or_load() -> None:
 
     with pytest.raises(ConfigError, match="must override view"):
         DataHandler(data_loader=Empty()).fetch()
+
+
+def test_a_handler_shows_its_dates_and_its_source_the_bars() -> None:
+    frame = pd.DataFrame({"close": 1.0, "open": 1.0}, make_frame().index)
+    source = FrameSource(frame)
+    size = "40 dates 2020-01-01..2020-02-25, 5 instruments"
+    assert repr(source) == f"FrameSource({size}, fields close, open)"
+    loader = QlibDataLoader({"feature": ["$close"]})
+    handler = DataHandler("all", data_loader=loader, source=source)
+    assert repr(handler) == "DataHandler(all, all dates, not loaded)"
+    assert size in DatasetH(handler, {"train": ("2020-01-01", None)})._repr_html_()
+    handler.fetch()
+    assert repr(handler) == "DataHandler(all, 2020-01-01..2020-02-25, loaded)"
+    late = DataHandler("all", "2020-02-01", data_loader=loader, source=source)
+    assert repr(late) == "DataHandler(all, 2020-02-01.., not loaded)"
