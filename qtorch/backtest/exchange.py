@@ -316,10 +316,14 @@ class Exchange(QuoteLookup, Configured):
         if self.trade_unit is None:
             return None
         if factor is None or (np.isnan(factor) & ~np.isnan(close)).any():
-            log.warning(
-                "the field 'factor' is missing%s: amounts are not rounded to the trade unit of %g.",
+            lots = "shares" if self.trade_unit == 1 else f"lots of {self.trade_unit:g} shares"
+            # Fractions of a share change next to nothing, those of a lot may.
+            log.log(
+                logging.INFO if self.trade_unit == 1 else logging.WARNING,
+                "the bars have no field 'factor' (adjusted price / traded price)%s, from which the "
+                "traded shares follow: the backtest trades fractions of %s.",
                 "" if factor is None else " on some days",
-                self.trade_unit,
+                lots,
             )
             return None
         return factor

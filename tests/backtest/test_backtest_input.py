@@ -247,7 +247,13 @@ def test_missing_factor_disables_rounding_with_a_warning(scores, caplog):
     source = bars({"A": [10] * 5, "B": [10] * 5, "C": [5] * 5}, factor={"A": [nan] * 5})
     with caplog.at_level("WARNING"):
         result = run(scores, source, exchange_kwargs={"trade_unit": 100})
-    assert "not rounded to the trade unit of 100" in caplog.text
+    assert "on some days" in caplog.text
+    assert "the backtest trades fractions of lots of 100 shares" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        run(scores, source, exchange_kwargs={"trade_unit": 1})
+    (level,) = [r.levelname for r in caplog.records if "fractions of shares" in r.message]
+    assert level == "INFO"
     assert (result.orders["deal_amount"] % 100 != 0).any()
 
 
