@@ -66,9 +66,10 @@ def html_summary(title: str, facts: Mapping[str, Any], *parts: str) -> str:
     return f"<div><b>{_escape(title)}</b><table>{rows}</table>{''.join(parts)}</div>"
 
 
-def html_link(address: str) -> str:
-    """Return a link as HTML."""
-    return f"<a href='{_escape(address)}'>{_escape(address)}</a>"
+def html_link(address: str, command: str | None = None) -> str:
+    """Return a link as HTML, and the command that must run first so that it opens."""
+    link = f"<a href='{_escape(address)}'>{_escape(address)}</a>"
+    return link if command is None else f"{link}, while <code>{_escape(command)}</code> runs"
 
 
 def html_curves(curves: Mapping[str, Sequence[float]]) -> str:

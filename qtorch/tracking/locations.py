@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from hashlib import sha256
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -93,6 +94,14 @@ def find_artifacts(uri: str, artifact_uri: str) -> str:
     moved = store.parent.joinpath(*folder.parts[-4:])
     is_moved = moved.exists() or not old_root.exists() or (old_root / store.name).exists()
     return str(moved) if is_moved else artifact_uri
+
+
+def server_command(uri: str) -> str | None:
+    """Return the command that shows a local store at LOCAL_SERVER; None for a server's address."""
+    if uri.startswith(("http://", "https://")):
+        return None
+    store = shlex.quote(redact_urls(uri))
+    return f"mlflow server --backend-store-uri {store} --port {LOCAL_PORT} --workers 1"
 
 
 def run_page(uri: str, experiment_id: str, run_id: str) -> str:

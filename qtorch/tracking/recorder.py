@@ -36,7 +36,7 @@ from qtorch.tracking.delivery import (
     add_undelivered_run,
     send_outbox,
 )
-from qtorch.tracking.locations import resolve_uri, run_page
+from qtorch.tracking.locations import resolve_uri, run_page, server_command
 from qtorch.tracking.provenance import command_line, git_changes, qtorch_environment, source_tags
 from qtorch.tracking.run_log import RUN_LOG, RunLog
 from qtorch.tracking.store_types import (
@@ -174,7 +174,8 @@ class Recorder:
         }
         parts = [html_curves({k: v for k, v in curves.items() if len(v) > 1})]
         page = run_page(self.uri, self.experiment_id, self.id)
-        return html_summary(f"Recorder {self.name}", {**facts, **metrics}, *parts, html_link(page))
+        parts.append(html_link(page, server_command(self.uri)))
+        return html_summary(f"Recorder {self.name}", {**facts, **metrics}, *parts)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Recorder) or self.id is None:

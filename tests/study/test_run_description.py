@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from qtorch import R
 from qtorch.data import DatasetH, FrameSource, SyntheticSource
 from qtorch.data.handler.handler import DataHandlerLP
@@ -43,6 +45,7 @@ def test_run_of_a_script_has_params_a_name_and_its_dataset(store):
     page = recorder._repr_html_()
     assert "Recorder MLP" in page
     assert f"runs/{recorder.id}/model-metrics" in page
+    assert re.search(r"while <code>mlflow server --backend-store-uri sqlite.* --workers 1<", page)
     with R.start(experiment_name="script", recorder_name="my name"):
         model.fit(dataset)
         assert R.get_recorder().name == "my name"

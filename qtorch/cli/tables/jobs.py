@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from qtorch.study.sweep import (
     resolve_mode,
     seed_groups,
 )
-from qtorch.tracking.locations import LOCAL_PORT, run_page, sqlite_path
+from qtorch.tracking.locations import run_page, server_command, sqlite_path
 from qtorch.tracking.manager import R
 from qtorch.tracking.recorder import Recorder, load_if_present
 
@@ -89,7 +88,7 @@ def _facts(result: JobResult, recorder: Recorder) -> dict[str, str]:
     facts = _data_facts(recorder.load_object("task"))
     if fit:
         scores = load_if_present(recorder, "pred.pkl")
-        test = "" if scores is None else f", {len(scores):,} test"
+        test = "" if scores is None else f", {len(scores):,} test{_instruments_text(scores)}"
         facts["samples"] = f"{fit['samples']:,} train, {fit['valid_samples']:,} valid{test}"
         best = "" if fit.get("best_epoch") is None else f", best epoch: {fit['best_epoch']}"
         if fit["monitor"] is not None:
@@ -141,10 +140,18 @@ def _data_facts(task: Any) -> dict[str, str]:
     ]
     arguments = handler.get("kwargs") or handler
     name = _source_name(task) or handler.get("class") or handler.get("_target_") or "data"
+    source = handler.get("source") or {}
+    folder = source.get("path") or source.get("provider_uri")
+    name = f"{name} {folder}" if isinstance(folder, str) else name
     data = ", ".join(str(part) for part in (name, arguments.get("instruments")) if part)
     if is_made_market(task):
         data += " (a made market with a signal in it: no real one has such figures)"
     return {"data": data, "segments": ", ".join(spans)}
+
+
+def _instruments_text(scores: Any) -> str:
+    number = scores.index.get_level_values("instrument").nunique()
+    return f" (of {format_count(number, 'instrument')})"
 
 
 def _source_name(task: Any) -> str:
@@ -159,10 +166,7 @@ def is_made_market(task: Any) -> bool:
 
 def mlflow_command() -> str:
     """Return the command that opens MLflow's UI on the current store, or the server's address."""
-    uri = redact_urls(R.get_uri())
-    if uri.startswith(("http://", "https://")):
-        return uri
-    return f"mlflow server --backend-store-uri {shlex.quote(uri)} --port {LOCAL_PORT}"
+    return server_command(R.get_uri()) or redact_urls(R.get_uri())
 
 
 # -- sweeps ----------------------------------------------------------------------------------------
