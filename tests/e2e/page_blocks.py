@@ -24,6 +24,7 @@ from forked_process import ForkedProcess
 
 BLOCK = re.compile(r"(?:^<!-- needs: (\w+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# ([\w./-]+\.(?:py|yaml))\n")
+FIGURE = re.compile(r"^ *print\(.*\)  # .*: (-?\d+\.(\d+))$", re.MULTILINE)
 TIMEOUT = 300.0
 PORT = "5000"  # of the MLflow server on the pages; replaced by a free port
 
@@ -52,6 +53,13 @@ class Block:
 def page_blocks(page: Path) -> list[Block]:
     """Return the code blocks of a page, in order."""
     return [Block(m[2], m[3], m[1]) for m in BLOCK.finditer(page.read_text())]
+
+
+def check_figures(code: str, output: str) -> None:
+    """Check that the output has each number that a comment beside a `print` ends with, rounded."""
+    numbers = [float(text) for text in re.findall(r"-?\d+\.\d+", output)]
+    for figure, decimals in FIGURE.findall(code):
+        assert figure in {f"{n:.{len(decimals)}f}" for n in numbers}, f"{figure} not in {output}"
 
 
 class PythonSession:
@@ -121,7 +129,8 @@ class PageRunner:
         elif block.language == "python":
             if self._python is None:
                 self._python = PythonSession(self.folder)
-            self._python.run(self._insert_values(block.text), self._environment)
+            output = self._python.run(self._insert_values(block.text), self._environment)
+            check_figures(block.text, output)
         elif block.language == "bash":
             for command in block.commands():
                 self.run_command(self._insert_values(command))
