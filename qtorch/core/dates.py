@@ -373,8 +373,10 @@ def _parse_with_pandas(dates: Sequence[Any], timezone: str | None) -> pd.Datetim
     if None in zones and len(zones) > 1:
         plain = next(date for date in dates if not pd.isna(date) and _find_zone(date) is None)
         raise DataError(f"some dates have a time zone, but others, such as {str(plain)!r}, do not.")
-    if len(zones) > 1 and timezone is None:  # e.g. text with the offsets of summer and winter
-        raise DataError(_time_zone_message("several time zones"))
+    if len(zones) > 1 and timezone is None:
+        offsets = ", ".join(sorted(map(str, zones)))
+        zone = f"several time zones, or one with summer time: their offsets are {offsets}"
+        raise DataError(_time_zone_message(zone))
     options: dict[str, Any] = {"utc": True} if len(zones) > 1 else {}
     try:
         index = pd.to_datetime(list(dates), format="ISO8601", **options)
