@@ -10,7 +10,7 @@ import pandas as pd
 
 from qtorch.core.errors import ArgumentError, check_name, unknown_name_message
 from qtorch.tracking.locations import resolve_uri
-from qtorch.tracking.recorder import Recorder, visible_recorders
+from qtorch.tracking.recorder import UNNAMED_RUN, Recorder, visible_recorders
 from qtorch.tracking.store_types import NotInStoreError, RunRow
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Experiment:
     RT_D = "dict"
     RT_L = "list"
     UNLIMITED = 50_000
-    default_recorder_name = "mlflow_recorder"  # Qlib's
+    default_recorder_name = UNNAMED_RUN
 
     def __init__(self, id: str, name: str, uri: str) -> None:
         self.id = id

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+UNNAMED_RUN = "mlflow_recorder"  # Qlib's name of a run that is started without one
+
 COMMAND_PARAM = "cmd-sys.argv"  # Qlib's name
 TEXT_FOLDER = "long_values"
 CHANGED_PREFIX = "qtorch.changed_param."
@@ -289,8 +291,12 @@ class Recorder:
         except BaseException:
             self.end_run(self.STATUS_FA)
             raise
-        log.info("started run %s (%s)", self.id, self.name)
+        log.info("started run %s", self._title())
         return self
+
+    def _title(self) -> str:
+        """Return the run's ID and name for the log; a run made in Python is named by its model."""
+        return str(self.id) if self.name == UNNAMED_RUN else f"{self.id} ({self.name})"
 
     def _is_current(self) -> bool:
         """Whether this context works on the run, or on none in particular."""
@@ -371,7 +377,7 @@ class Recorder:
         run_log, self._run_log = self._run_log, None
         if run_log is None:
             return
-        log.info("run %s (%s) ends: %s", self.id, self.name, status)
+        log.info("run %s ends: %s", self._title(), status)
         path = run_log.finish()
         if run_log.error:
             log.warning("the log of run %s is not complete: %s", self.id, run_log.error)

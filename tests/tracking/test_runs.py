@@ -69,10 +69,10 @@ def test_log_of_a_run_is_an_artifact(uri, monkeypatch, capsys, caplog):
         logger.info("news")
         logger.info("epoch 1", extra={"file_only": True})
     assert [line.split(" ", 2)[2] for line in read_log(run).splitlines()] == [
-        f"I started run {run.id} ({run.name})",
+        f"I started run {run.id}",
         "I news",
         "I epoch 1",
-        f"I run {run.id} ({run.name}) ends: FINISHED",
+        f"I run {run.id} ends: FINISHED",
     ]
     init(log_level="INFO")
     with R.start(recorder_id=run.id, resume=True):
