@@ -49,6 +49,10 @@ class DuplicateRowError(DataError):
         day = str(date).removesuffix(" 00:00:00")
         super().__init__(f"duplicate row ({day}, {instrument}), {num_duplicates} in all; {advice}.")
 
+    def with_advice(self, advice: str) -> DuplicateRowError:
+        """Return the same error with another way to mend it."""
+        return DuplicateRowError(self.date, self.instrument, self.num_duplicates, advice)
+
 
 class ExpressionError(DataError):
     """An expression does not parse or uses an unknown name."""

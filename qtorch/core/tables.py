@@ -242,6 +242,12 @@ def _instrument_level(columns: pd.Index) -> int | None:
 
 def _stack_instruments(table: pd.DataFrame) -> pd.DataFrame:
     """Convert columns by field and instrument to one row per date and instrument."""
+    if table.columns.has_duplicates:
+        names = table.columns[table.columns.duplicated()].unique()
+        raise DataError(
+            f"several columns have the name {names[0]}; rename or remove all but one, e.g. with "
+            "frame.loc[:, ~frame.columns.duplicated()]."
+        )
     level = _instrument_level(table.columns)
     stacked: Any = table.stack(level, future_stack=True).dropna(how="all")
     index_names = [table.index.name or "Date", "Ticker"]

@@ -97,3 +97,12 @@ def test_memory_of_a_training_on_a_gpu():
     }
     assert job_tables._memory_facts({**fit, "feature_dtype": "float32"}) == {}
     assert job_tables._memory_facts({}) == {}
+
+
+def test_the_summary_has_the_path_of_the_data():
+    source = {"_target_": "qtorch.data.TableSource", "path": "bars/csv"}
+    task = {"dataset": {"handler": {"source": source, "instruments": "all"}}}
+    assert job_tables._data_facts(task)["data"] == "TableSource bars/csv, all"
+    source = {"_target_": "qtorch.data.QlibSource", "provider_uri": {"day": "a", "1min": "b"}}
+    task = {"dataset": {"handler": {"source": source, "instruments": "all"}}}
+    assert job_tables._data_facts(task)["data"] == "QlibSource, all"

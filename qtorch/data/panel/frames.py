@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from qtorch.core.dates import parse_dates
-from qtorch.core.errors import ConfigError, DataError
+from qtorch.core.errors import ConfigError, DataError, DuplicateRowError
 from qtorch.core.session import resolve_path
 from qtorch.core.tables import (
     as_pandas,
@@ -131,9 +131,14 @@ def read_frame(data: Any, options: ReadOptions | None = None) -> pd.DataFrame:
     names = [INSTRUMENT_COLUMNS, DATE_COLUMNS]
     table = read_table(path, names, decimal=options.decimal, keeps_index=True)
     try:
-        return index_frame(table, options)
+        frame = index_frame(table, options)
+        if frame.index.has_duplicates:
+            raise_duplicate(frame.index, "")
+    except DuplicateRowError as error:
+        raise error.with_advice(f"keep one of each in {path}") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+    return frame
 
 
 def index_frame(frame: pd.DataFrame, options: ReadOptions | None = None) -> pd.DataFrame:

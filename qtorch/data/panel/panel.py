@@ -343,10 +343,11 @@ def _numeric_values(frame: pd.DataFrame) -> np.ndarray:
 
 
 def raise_duplicate(index: pd.MultiIndex, advice: str) -> NoReturn:
-    """Raise DuplicateRowError for the first row of a `(datetime, instrument)` index that repeats.
+    """Raise DuplicateRowError for the first row of an index of dates and instruments that repeats.
 
     `advice` says how to mend it.
     """
     is_duplicate = index.duplicated()
-    date, instrument = index[int(np.flatnonzero(is_duplicate)[0])]
+    row = index[int(np.flatnonzero(is_duplicate)[0])]
+    date, instrument = (row[index.names.index(name)] for name in NAMES)
     raise DuplicateRowError(date, instrument, int(is_duplicate.sum()), advice)

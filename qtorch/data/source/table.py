@@ -467,10 +467,7 @@ def _build_long_panel(frames: Mapping[Path, pd.DataFrame]) -> Panel:
         return Panel.from_frame(pd.concat(parts) if len(parts) > 1 else parts[0])
     except DuplicateRowError as error:
         rows = _find_rows(frames, (error.date, error.instrument))
-        advice = f"keep one of each in the files: {rows}"
-        raise DuplicateRowError(
-            error.date, error.instrument, error.num_duplicates, advice
-        ) from error
+        raise error.with_advice(f"keep one of each in the files: {rows}") from error
 
 
 def _find_rows(frames: Mapping[Path, pd.DataFrame], key: tuple[Any, str]) -> str:

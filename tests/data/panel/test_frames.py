@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from qtorch.core.errors import DuplicateRowError
-from qtorch.data.panel.frames import index_frame, view_from_frame
+from qtorch.core.errors import DataError, DuplicateRowError
+from qtorch.data.panel.frames import index_frame, read_frame, view_from_frame
 from qtorch.data.panel.panel import Panel
 from qtorch.data.panel.window_columns import count_window_steps
 
@@ -87,6 +87,24 @@ DUPLICATE_ADVICE = {
         "frame.reset_index().drop_duplicates(['Date', 'ticker'])",
     ),
 }
+
+
+@pytest.mark.parametrize("order", [None, ["Date", "ticker"], ["ticker", "Date"]])
+def test_the_advice_for_duplicate_rows_of_a_file_names_it(tmp_path, order):
+    table = bars_with_duplicates()
+    path = tmp_path / "bars.parquet"
+    (table if order is None else table.set_index(order)).to_parquet(path)
+    with pytest.raises(DuplicateRowError) as error:
+        read_frame(path)
+    text = f"duplicate row (2021-01-04, A), 2 in all; keep one of each in {path}."
+    assert str(error.value) == text
+
+
+def test_columns_by_field_and_instrument_that_occur_twice_are_refused():
+    columns = pd.MultiIndex.from_tuples([("Close", "A")] * 2, names=["Price", "Ticker"])
+    frame = pd.DataFrame(1.0, pd.bdate_range("2020-01-01", periods=3), columns)
+    with pytest.raises(DataError, match=r"several columns have the name \('Close', 'A'\)"):
+        index_frame(frame)
 
 
 @pytest.mark.parametrize("location", DUPLICATE_ADVICE)
