@@ -26,6 +26,13 @@ T = TypeVar("T")
 class ConfiguredMeta(ABCMeta):
     """Metaclass of Configured: constructors get OmegaConf's configs as dicts and lists."""
 
+    def suggest_place(cls, name: str) -> str | None:
+        """Return how to write an argument that belongs to a part of the object, for messages.
+
+        A class overrides it with a class method.
+        """
+        return None
+
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         args = tuple(resolve_config(a) for a in args)
         return super().__call__(*args, **{k: resolve_config(v) for k, v in kwargs.items()})
@@ -59,11 +66,6 @@ class Configured(metaclass=ConfiguredMeta):
             f"{name}={' '.join(repr(value).split())[:80]}" for name, value in arguments.items()
         )
         return f"{type(self).__name__}({', '.join(texts)})"
-
-    @classmethod
-    def suggest_place(cls, name: str) -> str | None:
-        """Return how to write an argument that belongs to a part of the object, for messages."""
-        return None
 
     def to_config(self) -> dict[str, Any]:
         """Return `{"_target_": import path of the class, argument: plain value, ...}`.
@@ -105,9 +107,10 @@ def check_arguments(
     ]
     for name in kwargs:
         title = getattr(target, "__qualname__", repr(target))
-        is_own_class = isinstance(target, type) and issubclass(target, Configured)
-        if name not in valid_names and is_own_class and (place := target.suggest_place(name)):
-            raise ArgumentError(f"unknown argument of {title} {name!r}. Did you mean {place}?")
+        if name not in valid_names and isinstance(target, ConfiguredMeta):
+            place = target.suggest_place(name)
+            if place is not None:
+                raise ArgumentError(f"unknown argument of {title} {name!r}. Did you mean {place}?")
         check_name(f"argument of {title}", name, valid_names, limit=40, error=ArgumentError)
 
 

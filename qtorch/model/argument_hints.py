@@ -38,5 +38,6 @@ def suggest_place(name: str) -> str | None:
 def _takes(network: str, argument: str) -> bool:
     """Whether a class of qtorch.nn has an argument."""
     target = getattr(qtorch.nn, network, None)
-    is_network = isinstance(target, type) and issubclass(target, torch.nn.Module)
-    return is_network and argument in inspect.signature(target).parameters
+    if not isinstance(target, type) or not issubclass(target, torch.nn.Module):
+        return False
+    return argument in inspect.signature(target).parameters

@@ -342,12 +342,12 @@ def _numeric_values(frame: pd.DataFrame) -> np.ndarray:
     return require_numeric(frame).to_numpy(dtype=np.float32, na_value=np.nan)
 
 
-def raise_duplicate(index: pd.MultiIndex, advice: str) -> NoReturn:
+def raise_duplicate(index: pd.Index, advice: str) -> NoReturn:
     """Raise DuplicateRowError for the first row of an index of dates and instruments that repeats.
 
     `advice` says how to mend it.
     """
     is_duplicate = index.duplicated()
-    row = index[int(np.flatnonzero(is_duplicate)[0])]
+    row: Any = index[int(np.flatnonzero(is_duplicate)[0])]
     date, instrument = (row[index.names.index(name)] for name in NAMES)
     raise DuplicateRowError(date, instrument, int(is_duplicate.sum()), advice)
