@@ -106,3 +106,42 @@ def test_the_summary_has_the_path_of_the_data():
     source = {"_target_": "qtorch.data.QlibSource", "provider_uri": {"day": "a", "1min": "b"}}
     task = {"dataset": {"handler": {"source": source, "instruments": "all"}}}
     assert job_tables._data_facts(task)["data"] == "QlibSource, all"
+
+
+@pytest.mark.parametrize(
+    ("record", "benchmark"),
+    [
+        ({"_target_": "qtorch.record.PortAnaRecord"}, "the mean of the scored instruments"),
+        ({"class": "PortAnaRecord", "kwargs": {"config": {"backtest": {"benchmark": "scored"}}}},
+         "the mean of the scored instruments"),
+        ({"_target_": "PortAnaRecord", "config": {"backtest": {"benchmark": "SPY"}}}, "SPY"),
+        ({"_target_": "PortAnaRecord", "config": {"backtest": {"benchmark": ["A", "B"]}}},
+         "the mean of 2 instruments"),
+    ],
+)  # fmt: skip
+def test_summary_shows_own_return_and_names_the_benchmark(account_walk, record, benchmark):
+    report, _ = account_walk(num_days=40)
+    own_return = 240 * (report["return"] - report["cost"]).mean()
+    metrics = {
+        "1day.excess_return_with_cost.annualized_return": 0.18,
+        "1day.excess_return_with_cost.information_ratio": 3.72,
+        "1day.periods_per_year": 240.0,
+    }
+    task = {"record": ["SigAnaRecord", record]}
+    assert job_tables._portfolio_text(metrics, report, task) == (
+        f"{own_return:.1%} per year after costs; 18.0% over the benchmark ({benchmark}), "
+        "information ratio 3.72"
+    )
+
+
+def test_summary_of_a_portfolio_without_benchmark(account_walk):
+    report, _ = account_walk(num_days=40, bench=False)
+    metrics = {
+        "1day.return_with_cost.annualized_return": -0.05,
+        "1day.return_with_cost.information_ratio": -0.4,
+        "1day.periods_per_year": 240.0,
+    }
+    text = job_tables._portfolio_text(metrics, report, {"record": []})
+    own_return = 240 * (report["return"] - report["cost"]).mean()
+    assert text == f"{own_return:.1%} per year after costs (no benchmark), information ratio -0.40"
+    assert job_tables._portfolio_text({}, None, {}) is None

@@ -12,6 +12,7 @@ import pytest
 from qtorch.core.errors import ConfigError, RecordError
 from qtorch.metrics import calc_ic, risk_analysis
 from qtorch.record import ReportRecord, SigAnaRecord, SignalRecord
+from qtorch.record.report.results import run_description
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
 PICTURES = {
@@ -62,6 +63,16 @@ def test_all_numbers_on_the_page_are_metrics_of_the_run(full_run, elements):
         "annualized_return", "max_drawdown", "turnover", "cash_share", "ic_at_horizon",
         "quantile_spread", "score_autocorrelation", "probabilistic_sharpe",
     }  # fmt: skip
+
+
+def test_run_description_names_the_benchmark(recorder, account_walk):
+    report, _ = account_walk(num_days=5)
+    recorder.save_objects(artifact_path="portfolio_analysis", **{"report_normal_1day.pkl": report})
+    assert "Benchmark" not in run_description(recorder)  # a run that no task describes
+    backtest = {"backtest": {"benchmark": "SPY"}}
+    record = {"_target_": "qtorch.record.PortAnaRecord", "config": backtest}
+    recorder.save_objects(task={"record": [record]})
+    assert run_description(recorder)["Benchmark"] == "SPY"
 
 
 @pytest.mark.slow

@@ -102,15 +102,50 @@ def _facts(result: JobResult, recorder: Recorder) -> dict[str, str]:
     market = MADE_MARKET if is_made_market(recorder.load_object("task")) else ""
     if long_short is not None:
         sharpe = format_number(metrics.get("Long-Short Ann Sharpe"), 2)
-        facts["long-short"] = f"{long_short:.1%} per year before costs, Sharpe {sharpe}{market}"
-    excess = "1day.excess_return_with_cost"
-    excess_return = metrics.get(f"{excess}.annualized_return")
-    if excess_return is not None:
-        ratio = format_number(metrics.get(f"{excess}.information_ratio"), 2)
-        excess_text = f"{excess_return:.1%} per year over the benchmark after costs"
-        facts["portfolio"] = f"{excess_text}, information ratio {ratio}{market}"
+        text = f"{long_short:.1%} per year on the test segment before costs, Sharpe {sharpe}"
+        facts["long-short"] = text + market
+    portfolio = _portfolio_text(metrics, *_load_portfolio(metrics, recorder))
+    if portfolio is not None:
+        facts["portfolio"] = portfolio + market
     facts["run"] = f"{result.run_id} (experiment {result.experiment})"
     return facts
+
+
+def _load_portfolio(metrics: Mapping[str, float], recorder: Recorder) -> tuple[Any, Any]:
+    """Load the report of a run's backtest and its task; no report if there was no backtest."""
+    from qtorch.record.report.results import PERIODS, load_portfolio_report
+
+    if f"1day.{PERIODS}" not in metrics:
+        return None, {}
+    return load_portfolio_report(recorder, "1day"), recorder.load_object("task")
+
+
+def _portfolio_text(metrics: Mapping[str, float], report: Any, task: Any) -> str | None:
+    """Describe the returns of a daily backtest; None without one.
+
+    The account's own return is said as well as that over the benchmark: a portfolio can lose money
+    and still be far above a benchmark that loses more.
+    """
+    if report is None:
+        return None
+    from qtorch.metrics.risk import risk_analysis
+    from qtorch.record.report.results import (
+        PERIODS,
+        benchmark_name,
+        has_benchmark,
+        net_return,
+    )
+
+    own_risk = risk_analysis(net_return(report), metrics[f"1day.{PERIODS}"])["risk"]
+    text = f"{own_risk['annualized_return']:.1%} per year after costs"
+    if not has_benchmark(report):
+        ratio = format_number(metrics.get("1day.return_with_cost.information_ratio"), 2)
+        return f"{text} (no benchmark), information ratio {ratio}"
+    excess = "1day.excess_return_with_cost"
+    excess_return = metrics.get(f"{excess}.annualized_return", math.nan)
+    ratio = format_number(metrics.get(f"{excess}.information_ratio"), 2)
+    benchmark = f"the benchmark ({benchmark_name(task)})"
+    return f"{text}; {excess_return:.1%} over {benchmark}, information ratio {ratio}"
 
 
 def _memory_facts(fit: Mapping[str, Any]) -> dict[str, str]:

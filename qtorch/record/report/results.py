@@ -12,20 +12,20 @@ import pandas as pd
 
 from qtorch.backtest.positions import Positions
 from qtorch.core.dates import name_bars
-from qtorch.core.errors import LoadObjectError, RecordError
+from qtorch.core.errors import LoadObjectError, RecordError, format_count
 from qtorch.metrics.portfolio import concentration
 from qtorch.metrics.risk import Mode, cumulative_return, periods_per_year, risk_analysis
 from qtorch.metrics.signal import ic_decay, quantile_returns, score_autocorrelation
 from qtorch.metrics.significance import deflated_sharpe
 from qtorch.record.base import has_artifact
+from qtorch.record.portfolio import PERIODS, SCORED
 from qtorch.record.signal import select_label
-from qtorch.tracking.recorder import Recorder
+from qtorch.tracking.recorder import Recorder, load_if_present
 
 Histories: TypeAlias = Mapping[str, Mapping[int, float]]
 TRAINING_PREFIXES = ("train/", "valid/")  # prefixes of the metrics that the training logs by epoch
 
 PORTFOLIO = "portfolio_analysis"
-PERIODS = "periods_per_year"  # metric of PortAnaRecord and of the report
 PREFIX = "report."  # of the metrics that the report logs
 _REPORT = re.compile(rf"{PORTFOLIO}/report_normal_(.+)\.pkl")
 
@@ -97,6 +97,29 @@ def has_benchmark(report: pd.DataFrame) -> bool:
     return "bench" in report and bool(report["bench"].notna().any())
 
 
+def benchmark_name(task: Mapping[str, Any]) -> str:
+    """Describe the benchmark of a task's backtest: an instrument's name, or what is averaged."""
+    records = task.get("record") or []
+    for record in [records] if isinstance(records, str | Mapping) else records:
+        arguments = record if isinstance(record, Mapping) else {}
+        arguments = arguments.get("kwargs") or arguments
+        settings = (arguments.get("config") or {}).get("backtest") or {}
+        benchmark = settings.get("benchmark", SCORED)
+        if isinstance(benchmark, list | tuple):
+            return f"the mean of {format_count(len(benchmark), 'instrument')}"
+        if benchmark != SCORED:
+            return str(benchmark)
+    return "the mean of the scored instruments"
+
+
+def _benchmark(recorder: Recorder) -> str:
+    """Name the benchmark of a run's backtest; empty if there is none, or nothing names it."""
+    report, task = load_portfolio_report(recorder), load_if_present(recorder, "task")
+    if report is None or not has_benchmark(report) or not task:
+        return ""
+    return benchmark_name(task)
+
+
 def net_return(report: pd.DataFrame) -> pd.Series:
     """Return the daily returns after cost."""
     return report["return"] - report["cost"]
@@ -115,7 +138,7 @@ def training_histories(recorder: Recorder) -> Histories:
 
 
 def run_description(recorder: Recorder) -> dict[str, str]:
-    """Describe a run for its page: model, data, segments, seed, ID and start time."""
+    """Describe a run for its page: model, data, segments, benchmark, seed, ID and start time."""
     params = recorder.list_params()
     description = {
         "Model": model_name(params),
@@ -123,6 +146,7 @@ def run_description(recorder: Recorder) -> dict[str, str]:
         "Trained on": _segment_dates(params, "train"),
         "Validated on": _segment_dates(params, "valid"),
         "Tested on": _segment_dates(params, "test"),
+        "Benchmark": _benchmark(recorder),
         "Seed": params.get("seed", ""),
         "Run": f"{recorder.name}, {recorder.id}",
         "Experiment": recorder.experiment_name or "",
