@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import pandas as pd
 
@@ -28,7 +30,7 @@ from qtorch.record.report.results import (
     net_return,
     run_results,
 )
-from qtorch.study.sweep import count_tried_jobs
+from qtorch.study.sweep import common_words, count_tried_jobs, overrides_in_sweep, setting_text
 from qtorch.tracking.recorder import COMMAND_PARAM, Recorder, load_if_present
 
 SEED_PARAMS = ("seed", "model.seed", "model.kwargs.seed")
@@ -39,7 +41,10 @@ SERIES_TITLES = {"ic": "Daily IC", "rank_ic": "Daily Rank IC", "returns": "Daily
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run: its metrics and params, and its daily IC, Rank IC and return (None if missing)."""
+    """One run: its metrics and params, and its daily IC, Rank IC and return (None if missing).
+
+    `overrides` are those of the job of a sweep that all compared runs belong to.
+    """
 
     id: str
     name: str
@@ -49,6 +54,7 @@ class ComparedRun:
     ic: pd.Series | None
     rank_ic: pd.Series | None
     returns: pd.Series | None
+    overrides: tuple[str, ...] = ()
 
     @property
     def seed(self) -> str:
@@ -102,14 +108,40 @@ class GroupTest:
 class RunSelection:
     """The result of `assess_runs`: `test` assesses the choice of the best of the runs.
 
-    `returns_description` describes the daily returns that were used, `tries_description` where the
-    number of tries comes from.
+    `test` is None if there is nothing to choose among; then `notes` say why. `returns_description`
+    describes the daily returns that were used, `tries_description` where the number of tries comes
+    from.
     """
 
-    test: SelectionTest
+    test: SelectionTest | None
     tries: int
     tries_description: str
     returns_description: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DailyReturns:
+    """The same kind of daily return of every run, by run ID (None if missing).
+
+    `notes` say what a reader must know before comparing them.
+    """
+
+    by_run: Mapping[str, pd.Series | None]
+    description: str
+    notes: tuple[str, ...] = ()
+
+    def distinct(self) -> dict[str, pd.Series]:
+        """Return the different series, each under the first of the runs that have it."""
+        by_run = {run: series for run, series in self.by_run.items() if series is not None}
+        values = {
+            run: (series.index.to_numpy().tobytes(), series.to_numpy().tobytes())
+            for run, series in by_run.items()
+        }
+        first_runs: dict[Any, str] = {}
+        for run, key in values.items():
+            first_runs.setdefault(key, run)
+        return {run: by_run[run] for run in first_runs.values()}
 
 
 @dataclass(frozen=True)
@@ -117,8 +149,8 @@ class Comparison:
     """The result of `compare_runs`.
 
     `sharpe` holds the deflated Sharpe ratio by run ID, as if the run were the best of `tries`;
-    `selection` assesses the choice of the best run (None without two runs with daily returns).
-    The descriptions are those of `RunSelection`.
+    `selection` assesses the choice of the best run (None without two runs with different daily
+    returns). The descriptions and notes are those of `RunSelection`.
     """
 
     groups: tuple[RunGroup, ...]
@@ -128,6 +160,7 @@ class Comparison:
     tries: int
     tries_description: str
     returns_description: str
+    notes: tuple[str, ...] = ()
 
     @property
     def runs(self) -> list[ComparedRun]:
@@ -151,7 +184,8 @@ def compare_runs(recorders: Sequence[Recorder], *, tries: int | None = None) -> 
     if len(recorders) < 2:
         raise ConfigError(f"a comparison needs two different runs; got {len(recorders)}.")
     results_list = [run_results(r) for r in recorders]
-    daily, description = _daily_returns(recorders, [r.report for r in results_list])
+    returns = _daily_returns(recorders, [r.report for r in results_list])
+    overrides = overrides_in_sweep(recorders)
     runs = [
         ComparedRun(
             id=str(recorder.id),
@@ -161,20 +195,23 @@ def compare_runs(recorders: Sequence[Recorder], *, tries: int | None = None) -> 
             freq=results.freq,
             ic=results.ic,
             rank_ic=results.rank_ic,
-            returns=returns,
+            returns=returns.by_run[str(recorder.id)],
+            overrides=tuple(overrides.get(str(recorder.id), ())),
         )
-        for recorder, results, returns in zip(recorders, results_list, daily, strict=True)
+        for recorder, results in zip(recorders, results_list, strict=True)
     ]
     num_tries, source = _count_tries(recorders, tries)
+    selection, notes = _assess_returns(returns, num_tries)
     groups = group_runs(runs)
     return Comparison(
         groups=groups,
         tests=tuple(t for series in SERIES_TITLES for t in _test_pairs(groups, series)),
-        sharpe=_sharpe_by_run(runs, num_tries),
-        selection=_assess_returns({r.id: r.returns for r in runs}, num_tries),
+        sharpe=_sharpe_by_run(returns, num_tries),
+        selection=selection,
         tries=num_tries,
         tries_description=source,
-        returns_description=description,
+        returns_description=returns.description,
+        notes=(*returns.notes, *notes),
     )
 
 
@@ -184,11 +221,12 @@ def assess_runs(recorders: Sequence[Recorder], *, tries: int | None = None) -> R
     The daily returns, the tests and `tries` are those of `compare_runs`.
     """
     recorders = list({r.id: r for r in recorders}.values())
-    daily, description = _daily_returns(recorders, [load_portfolio_report(r) for r in recorders])
+    returns = _daily_returns(recorders, [load_portfolio_report(r) for r in recorders])
     num_tries, source = _count_tries(recorders, tries)
-    returns = {str(r.id): values for r, values in zip(recorders, daily, strict=True)}
-    test = _assess_returns(returns, num_tries)
-    return None if test is None else RunSelection(test, num_tries, source, description)
+    test, notes = _assess_returns(returns, num_tries)
+    if test is None and not notes:
+        return None
+    return RunSelection(test, num_tries, source, returns.description, (*returns.notes, *notes))
 
 
 def _count_tries(recorders: Sequence[Recorder], tries: int | None) -> tuple[int, str]:
@@ -211,8 +249,9 @@ def group_runs(runs: Sequence[ComparedRun]) -> tuple[RunGroup, ...]:
     by_params: dict[frozenset[tuple[str, str]], list[ComparedRun]] = {}
     for run in runs:
         by_params.setdefault(frozenset(_setting_params(run.params).items()), []).append(run)
-    settings = [dict(key) for key in by_params]
-    names = _group_names(settings)
+    names = _sweep_group_names(list(by_params.values()))
+    if names is None:
+        names = _group_names([dict(key) for key in by_params])
     return tuple(
         RunGroup(name, tuple(members))
         for name, members in zip(names, by_params.values(), strict=True)
@@ -228,12 +267,57 @@ def differing_params(groups: Sequence[RunGroup]) -> dict[str, list[str]]:
 
 
 def _setting_params(params: Mapping[str, str]) -> dict[str, str]:
-    """The params that define a run's setting: no seed, command line or environment variables."""
+    """The params that define a run's setting: no seed, command line or environment variables.
+
+    A param that is a list of configurations, such as the records, becomes one param per setting.
+    """
     return {
-        k: v
-        for k, v in params.items()
-        if k not in (*SEED_PARAMS, COMMAND_PARAM) and not k.startswith("QTORCH_")
+        name: text
+        for key, value in params.items()
+        if key not in (*SEED_PARAMS, COMMAND_PARAM) and not key.startswith("QTORCH_")
+        for name, text in _flatten_param(key, _parse_configurations(value))
     }
+
+
+def _parse_configurations(text: str) -> Any:
+    """Return the list that a param shows as text if it has configurations; else the text."""
+    if not (text.startswith("[") and "{" in text):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # the text was cut, or shows an object
+        return text
+
+
+def _flatten_param(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield the settings in a param by name; configurations in a list are named by their class."""
+    if isinstance(value, Mapping) and value:
+        parts = {str(name): part for name, part in value.items()}
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        parts = {str(number): item for number, item in enumerate(value)}
+        classes = [_class_name(item) for item in value]
+        if len(set(classes)) == len(classes) and all(classes):
+            parts = dict(zip(classes, value, strict=True))
+    else:
+        yield key, str(value)
+        return
+    for name, part in parts.items():
+        yield from _flatten_param(f"{key}.{name}", part)
+
+
+def _class_name(configuration: Any) -> str:
+    if not isinstance(configuration, Mapping):
+        return str(configuration)
+    name = configuration.get("_target_", configuration.get("class", ""))
+    return str(name).rpartition(".")[2]
+
+
+def _sweep_group_names(groups: Sequence[Sequence[ComparedRun]]) -> list[str] | None:
+    """Name groups as the table of their sweep does; None without a sweep or different names."""
+    common = common_words([run.overrides for runs in groups for run in runs])
+    names = [setting_text(runs[0].overrides, common) for runs in groups]
+    has_overrides = all(run.overrides for runs in groups for run in runs)
+    return names if has_overrides and len(set(names)) == len(names) > 1 else None
 
 
 def _group_names(settings: Sequence[Mapping[str, str]]) -> list[str]:
@@ -269,15 +353,27 @@ def shorten(text: str, length: int) -> str:
 
 def _daily_returns(
     recorders: Sequence[Recorder], portfolio_reports: Sequence[pd.DataFrame | None]
-) -> tuple[list[pd.Series | None], str]:
-    """The same kind of daily return of every run, and its name."""
+) -> DailyReturns:
+    """The same kind of daily return of every run."""
     reports = [r for r in portfolio_reports if r is not None]
     if len(reports) < len(recorders):
         long_short = "sig_analysis/long_short_r.pkl"
-        return [load_if_present(r, long_short) for r in recorders], LONG_SHORT
-    if all(has_benchmark(r) for r in reports):
-        return [net_excess_return(r) for r in reports], "portfolio after costs less benchmark"
-    return [net_return(r) for r in reports], "portfolio after costs"
+        notes: tuple[str, ...] = ()
+        if reports:
+            num_missing = len(recorders) - len(reports)
+            text = (
+                f"{num_missing} of the {len(recorders)} runs have no portfolio, so this comparison "
+                "does not use the portfolios of the others. "
+                f"The return of every run is {LONG_SHORT}."
+            )
+            notes = (text,)
+        by_run = {str(r.id): load_if_present(r, long_short) for r in recorders}
+        return DailyReturns(by_run, LONG_SHORT, notes)
+    has_benchmarks = all(has_benchmark(r) for r in reports)
+    select = net_excess_return if has_benchmarks else net_return
+    description = "portfolio after costs" + (" less benchmark" if has_benchmarks else "")
+    by_run = {str(r.id): select(report) for r, report in zip(recorders, reports, strict=True)}
+    return DailyReturns(by_run, description)
 
 
 def _test_pairs(groups: Sequence[RunGroup], series: str) -> list[GroupTest]:
@@ -291,14 +387,41 @@ def _test_pairs(groups: Sequence[RunGroup], series: str) -> list[GroupTest]:
     ]
 
 
-def _sharpe_by_run(runs: Sequence[ComparedRun], tries: int) -> dict[str, DeflatedSharpe]:
-    returns_by_run = {r.id: r.returns for r in runs if r.returns is not None}
-    sharpes = [s for s in map(mean_over_std, returns_by_run.values()) if math.isfinite(s)]
+def _sharpe_by_run(returns: DailyReturns, tries: int) -> dict[str, DeflatedSharpe]:
+    # The same returns twice say nothing about the variance over tries.
+    sharpes = [s for s in map(mean_over_std, returns.distinct().values()) if math.isfinite(s)]
     return {
-        run: deflated_sharpe(returns, tries, sharpes) for run, returns in returns_by_run.items()
+        run: deflated_sharpe(series, tries, sharpes)
+        for run, series in returns.by_run.items()
+        if series is not None
     }
 
 
-def _assess_returns(returns: Mapping[str, pd.Series | None], tries: int) -> SelectionTest | None:
-    table = pd.DataFrame({run: r for run, r in returns.items() if r is not None})
-    return assess_selection(table, tries=tries) if table.shape[1] > 1 else None
+def _assess_returns(
+    returns: DailyReturns, tries: int
+) -> tuple[SelectionTest | None, tuple[str, ...]]:
+    """Assess the choice among the different returns; None, and a note why, if there is no choice.
+
+    Without two runs that have returns there is no note either.
+    """
+    num_runs = sum(series is not None for series in returns.by_run.values())
+    distinct = returns.distinct()
+    if num_runs < 2:
+        return None, ()
+    if len(distinct) < 2:
+        return None, (
+            f"All {num_runs} runs with returns have the same ones: there is no best to choose, so "
+            "no probability of overfitting and no p-values are computed.",
+        )
+    table = pd.DataFrame(distinct)
+    if table.dropna().empty:
+        return None, (
+            "The runs have no bar in common on which all of them have a return, so the choice of "
+            "the best of them is not assessed.",
+        )
+    num_repeated = num_runs - len(distinct)
+    notes = (
+        f"{num_repeated} of the {num_runs} runs have the same returns as another run; such runs "
+        "count once where the choice of the best is assessed.",
+    )
+    return assess_selection(table, tries=tries), notes if num_repeated else ()

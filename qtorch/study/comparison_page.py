@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,7 +160,7 @@ def curves_chart(
             color=colour,
             linestyle=dashes,
             linewidth=1.8,
-            label=shorten(name, MAX_NAME_LENGTH),
+            label=_chart_name(name),
         )
     draw_zero_line(axis)
     label_axis(axis, title, unit)
@@ -194,11 +195,7 @@ def dots_chart(
             if finite:
                 axis.plot([np.mean(finite)] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=1.6)
         axis.set_ylim(groups - 0.5, -0.5)
-        names = (
-            [shorten(g, MAX_NAME_LENGTH) for g in by_group]
-            if narrow or position == 0
-            else [""] * groups
-        )
+        names = [_chart_name(g) for g in by_group] if narrow or position == 0 else [""] * groups
         axis.set_yticks(range(groups), names)
         axis.axvline(0, color=INK, linewidth=0.8)
         axis.locator_params(axis="x", nbins=5)
@@ -208,6 +205,11 @@ def dots_chart(
             axis.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
         axis.set_xlabel(f"{unit} (dot: run, bar: mean)", fontsize=8.5, color=SOFT)
     return style_figure(figure)
+
+
+def _chart_name(group: str) -> str:
+    """Shorten a group's name for a chart: settings by the last part of their keys."""
+    return shorten(re.sub(r"[\w@/]+\.(?=[\w.]*=)", "", group), MAX_NAME_LENGTH)
 
 
 def _group_style(number: int) -> tuple[str, str]:

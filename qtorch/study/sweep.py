@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from statistics import fmean, stdev
@@ -209,6 +209,17 @@ def count_tried_jobs(recorders: Sequence[Recorder]) -> int:
     return len(tasks)
 
 
+def overrides_in_sweep(recorders: Sequence[Recorder]) -> dict[str, list[str]]:
+    """The overrides of runs as jobs of a sweep, by run ID; empty if no sweep has all the runs."""
+    tags = {str(r.id): r.list_tags() for r in recorders}
+    sweep_tags = [{t for t in names if t.startswith(JOB_TAG)} for names in tags.values()]
+    shared_tags = set.intersection(*sweep_tags) if sweep_tags else set()
+    if not shared_tags:
+        return {}
+    key = min(shared_tags)
+    return {run: list(json.loads(values[key])["overrides"]) for run, values in tags.items()}
+
+
 def _parse_job(row: RunRow, details: Mapping[str, Any]) -> JobResult:
     status, note = row.status, None
     if status == Recorder.STATUS_R and not is_run_held(row.id, R.get_uri()):
@@ -356,8 +367,13 @@ class SeedGroup:
 
 def common_overrides(jobs: Sequence[JobResult], command: str = "") -> set[str]:
     """The overrides that all jobs share; for a single job, those that the command has verbatim."""
-    common = set.intersection(*(set(j.overrides) for j in jobs)) if jobs else set()
+    common = common_words([j.overrides for j in jobs])
     return common if len(jobs) > 1 else common & set(command.split())
+
+
+def common_words(overrides: Sequence[Sequence[str]]) -> set[str]:
+    """The overrides that stand in each of several lists of overrides."""
+    return set.intersection(*map(set, overrides)) if overrides else set()
 
 
 def seed_groups(jobs: Sequence[JobResult]) -> list[SeedGroup]:
@@ -367,7 +383,10 @@ def seed_groups(jobs: Sequence[JobResult]) -> list[SeedGroup]:
     for job in jobs:
         if job.status == Recorder.STATUS_FI:
             members.setdefault(job.setting, []).append(job)
-    return [SeedGroup(_group_name(group, common), tuple(group)) for group in members.values()]
+    return [
+        SeedGroup(setting_text(group[0].overrides, common), tuple(group))
+        for group in members.values()
+    ]
 
 
 def choose_metric(jobs: Sequence[JobResult], metric: str | None = None) -> str:
@@ -413,8 +432,9 @@ def best_group(groups: Sequence[SeedGroup], metric: str, mode: str = "max") -> S
     return pick(candidates, key=lambda g: g.metric_statistics(metric)[0], default=None)
 
 
-def _group_name(jobs: Sequence[JobResult], common: set[str]) -> str:
-    varying = [o for o in jobs[0].overrides if o not in common and not _is_seed(o)]
+def setting_text(overrides: Sequence[str], common: Collection[str]) -> str:
+    """Describe the setting of a job by its overrides but for the seed and those in `common`."""
+    varying = [o for o in overrides if o not in common and not _is_seed(o)]
     return " ".join(varying) or "one setting"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from types import SimpleNamespace
@@ -15,9 +16,9 @@ from qtorch import R
 from qtorch.core.errors import ConfigError
 from qtorch.metrics import deflated_sharpe
 from qtorch.study import compare_runs, write_comparison
-from qtorch.study.comparison import differing_params
-from qtorch.study.comparison_page import _metric_columns
-from qtorch.study.sweep import JOB_TAG
+from qtorch.study.comparison import assess_runs, differing_params
+from qtorch.study.comparison_page import _chart_name, _metric_columns
+from qtorch.study.sweep import JOB_TAG, seed_groups, sweep_jobs
 
 DAYS = pd.bdate_range("2020-01-01", periods=120, name="datetime")
 
@@ -80,6 +81,58 @@ def test_group_names_show_differing_params(make_run):
     assert [g.name for g in compare_runs(runs).groups] == ["GRU (1)", "GRU (2)"]
 
 
+def records(open_cost: float, *, portfolio: bool = True) -> list[dict[str, object]]:
+    """The records of a task, whose backtest has the cost."""
+    backtest = {"benchmark": "scored", "exchange_kwargs": {"open_cost": open_cost}}
+    portfolio_record = {"_target_": "qtorch.record.PortAnaRecord", "config": {"backtest": backtest}}
+    return [{"_target_": "qtorch.record.SignalRecord"}, *[portfolio_record] * portfolio]
+
+
+def test_runs_that_differ_in_a_record_are_named_by_its_setting(make_run):
+    runs = [make_run("GRU", 0, 0.02, record=records(cost)) for cost in (0.0005, 0.003)]
+    groups = compare_runs(runs).groups
+    assert [g.name for g in groups] == ["open_cost=0.0005", "open_cost=0.003"]
+    name = "record.PortAnaRecord.config.backtest.exchange_kwargs.open_cost"
+    assert differing_params(groups) == {name: ["0.0005", "0.003"]}
+
+
+def test_jobs_of_a_sweep_have_the_names_of_its_table(make_run):
+    runs = [make_run("GRU", 0, 0.02, record=records(cost)) for cost in (0.0005, 0.003)]
+    overrides = [["record=full", f"portfolio.open_cost={c}", "seed=0"] for c in (0.0005, 0.003)]
+    for number, (run, words) in enumerate(zip(runs, overrides, strict=True)):
+        run.set_tags(**{f"{JOB_TAG}a": json.dumps({"number": number, "overrides": words})})
+    names = [g.name for g in compare_runs(runs).groups]
+    assert names == ["portfolio.open_cost=0.0005", "portfolio.open_cost=0.003"]
+    assert names == [g.name for g in seed_groups(sweep_jobs("a"))]
+    assert _chart_name("model.network.hidden_size=8 lr=0.1") == "hidden_size=8 lr=0.1"
+
+
+def test_runs_with_the_same_returns_are_no_choice(make_run):
+    runs = [make_run("GRU", 0, 0.05, lr=lr) for lr in (0.1, 0.2)]
+    comparison = compare_runs(runs)
+    assert comparison.selection is None
+    assert "All 2 runs with returns have the same ones" in comparison.notes[0]
+    assert all(s.expected_best > 0 for s in comparison.sharpe.values())
+    selection = assess_runs(runs)
+    assert selection is not None
+    assert (selection.test, selection.notes) == (None, comparison.notes)
+    comparison = compare_runs([*runs, make_run("MLP", 1, 0.05)])
+    assert comparison.selection is not None
+    assert comparison.selection.superiority.num_strategies == 2
+    assert "1 of the 3 runs have the same returns as another run" in comparison.notes[0]
+
+
+def test_returns_without_a_common_bar_are_not_assessed(make_run):
+    runs = [make_run("GRU", seed, 0.05, portfolio=False) for seed in (0, 1)]
+    returns = runs[0].load_object("sig_analysis/long_short_r.pkl")
+    later = returns.set_axis(returns.index + pd.Timedelta(days=1000))
+    runs[0].save_objects(artifact_path="sig_analysis", **{"long_short_r.pkl": later})
+    selection = assess_runs(runs)
+    assert selection is not None
+    assert selection.test is None
+    assert "no bar in common" in selection.notes[0]
+
+
 @pytest.mark.slow
 def test_groups_are_compared_by_daily_means(six_runs):
     tests_by_series = {t.series: t for t in compare_runs(six_runs).tests}
@@ -136,10 +189,14 @@ def test_the_best_run_is_assessed_and_the_tries_are_those_of_the_sweep(six_runs,
     assert "all jobs of the runs&#39; sweeps" in text
 
 
-def test_long_short_return_is_used_without_portfolios(make_run):
+@pytest.mark.usefixtures("no_pictures")
+def test_long_short_return_is_used_without_portfolios(make_run, tmp_path):
     runs = [make_run("GRU", 0, 0.05), make_run("GRU", 1, 0.05, portfolio=False)]
     comparison = compare_runs(runs)
     assert "before costs" in comparison.returns_description
+    assert "1 of the 2 runs have no portfolio" in comparison.notes[0]
+    text = write_comparison(runs, tmp_path).read_text(encoding="utf-8")
+    assert text.index("1 of the 2 runs have no portfolio") < text.index("<h2>Groups")
     pd.testing.assert_series_equal(
         comparison.runs[0].returns, runs[0].load_object("sig_analysis/long_short_r.pkl")
     )

@@ -282,6 +282,10 @@ def _print_selection(jobs: Sequence[JobResult]) -> None:
     if selection is None:
         return
     test, console = selection.test, terminal()
+    for note in selection.notes:
+        console.print(with_label("note:", note), soft_wrap=True)
+    if test is None:
+        return
     numbers = {j.run_id: j.number for j in jobs}
     returns = f"{test.superiority.num_days} bars of the {selection.returns_description}"
     text = f"{format_number(test.sharpe.sharpe)}  job {numbers[test.best]} (not annual, {returns})"
