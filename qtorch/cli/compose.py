@@ -46,6 +46,7 @@ from qtorch.trainer.segments import Calendars, resolve_segments
 log = logging.getLogger(__name__)
 
 ROOT_CONFIG = "train"
+PORTFOLIO = "portfolio"  # the settings of the backtest, which record=full adds
 HYDRA_MODES = ("run", "multirun", "cfg", "info", "shell_completion")  # of which Hydra accepts one
 # The values of `runner`: this machine, the workers of a task pool, or a fleet on this machine.
 LOCAL, POOL, FLEET = "local", "rm", "fleet"
@@ -508,9 +509,8 @@ def _unknown_key_text(key: str, argv: Sequence[str], root: str) -> str:
     parent = ".".join(parents)
     if not isinstance(node, DictConfig):
         hint = f" Did you mean {' or '.join(places)}?" if places else ""
-        return (
-            f"unknown option {key!r}: the configuration has no {parent!r}.{hint} "
-            f"(To add a new option: +{key}=...; qtorch train --cfg job shows all.)"
+        return f"unknown option {key!r}: the configuration has no {parent!r}.{hint} " + (
+            _missing_parent_hint(key, parents[0], root)
         )
     if name in node:
         return f"{key} is a mapping that accepts new keys: add them with a plus, +{key}.NAME=VALUE."
@@ -535,6 +535,19 @@ def _find_choices(key: str) -> list[str]:
         if name and isinstance(own, Mapping) and name in own:
             choices.append(f"{group}={path.stem}")
     return choices
+
+
+def _missing_parent_hint(key: str, parent: str, root: str) -> str:
+    """Say where a setting belongs whose parent the configuration of a command does not have."""
+    if root == ROOT_CONFIG:
+        hint = "record=full has it. " if parent == PORTFOLIO else ""
+        return f"({hint}To add a new option: +{key}=...; qtorch train --cfg job shows all.)"
+    if parent == PORTFOLIO:
+        return (
+            f"A finished run is backtested with other settings by the command of its training with "
+            f"-m, record=full and {key}=...: the training is reused, and only the records run."
+        )
+    return f"(See qtorch {root} --help.)"
 
 
 def find_keys(settings: Any, name: str, limit: int = 3) -> list[str]:

@@ -159,7 +159,7 @@ def _run_with_claim(runs: _EarlierRuns, earlier: RunRow | None, *names: str | No
                 log.info("used the training of run %s (%s)", row.id, runs.inputs.describe())
                 return JobOutcome(recorder, RECORDS_ONLY, runs.inputs.describe())
         # A job that fails has a run, by which a repeated command knows that it has failed.
-        recorder = task_train(task, *names, on_fitted=partial(_tag_fit, task), check_first=False)
+        recorder = task_train(task, *names, on_fitted=partial(tag_fit, task), check_first=False)
         return JobOutcome(recorder, TRAINED)
 
 
@@ -175,7 +175,7 @@ def _resume_run(task: dict[str, Any], member: SweepMember, earlier: RunRow) -> J
         if FIT_TAG in earlier.tags:
             R.get_recorder(recorder_id=earlier.id).delete_tags(FIT_TAG)
         recorder = task_train(
-            task, run=attempt, on_fitted=partial(_tag_fit, task), check_first=False
+            task, run=attempt, on_fitted=partial(tag_fit, task), check_first=False
         )
     return JobOutcome(recorder, RETRIED if earlier.status == Recorder.STATUS_FA else RESUMED)
 
@@ -332,7 +332,11 @@ def _adopt_earlier_run(
 # -- tags of a run ---------------------------------------------------------------------------------
 
 
-def _tag_fit(task: Mapping[str, Any], recorder: Recorder, inputs: RunInputs) -> None:
+def tag_fit(task: Mapping[str, Any], recorder: Recorder, inputs: RunInputs) -> None:
+    """Tag a run with the ID of its training, by which other tasks find and reuse the training.
+
+    `task` is complete, see `identify_task`.
+    """
     task_fit_id = _compute_fit_id(task, inputs)
     if task_fit_id is not None:
         recorder.set_tags(**{FIT_TAG: task_fit_id})

@@ -105,6 +105,8 @@ def test_comparison_of_several_runs(ids, capsys, tmp_path):
         (["runs=[x]", "sweep=y"], "got both"),
         (["sweep=nosuchsweep"], "unknown sweep 'nosuchsweep'"),
         (["runs=[x]", "modes=sum"], "mode"),
+        (["runs=[x]", "portfolio.open_cost=0.1"], "-m, record=full and portfolio.open_cost=...:"),
+        (["runs=[x]", "handler.label=y"], "(See qtorch report --help.)"),
     ],
 )
 def test_wrong_arguments_give_a_one_line_error(ids, capsys, words, message):

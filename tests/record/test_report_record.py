@@ -150,6 +150,7 @@ def test_missing_artifacts_name_the_record_to_add(recorder, model, dataset):
     page = read_page(recorder)
     for record in ("PortAnaRecord", "SigAnaRecord", "SignalRecord"):
         assert f"Add {record} to the task" in page
+    assert "with <code>-m</code> and <code>record=full</code>" in page
     assert "logged no metrics for two or more epochs" in page
     assert "<figure" not in page
     SignalRecord(model, dataset, recorder).generate()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from qtorch.cli.jobs import work
 from qtorch.core.errors import RecordError
 from qtorch.process.heartbeat import listen
 from qtorch.process.lease import hold_claim
@@ -66,6 +67,18 @@ def test_interrupted_records_are_resumed_without_training(store, make_task, monk
     assert "pred.pkl" in outcome.recorder.list_artifacts()
     third_outcome = run_sweep_job({**task, "record": []}, MEMBER, "exp")
     assert third_outcome.action == RECORDS_ONLY
+
+
+def test_training_of_a_single_command_is_reused_for_other_records(store, make_task, monkeypatch):
+    task = {**make_task(), "seed": 1}
+    monkeypatch.setattr(work, "job_task", lambda settings: task)
+    monkeypatch.setattr(work, "task_definition", lambda settings: task)
+    request = {"settings": {"experiment_name": "exp"}, "resume": None, "sweep": None}
+    first_outcome = work._train_job({**request, "run_name": None})
+    monkeypatch.setattr(sweep_job, "task_train", None)  # any attempt to train fails
+    outcome = run_sweep_job({**task, "record": ["SignalRecord"]}, MEMBER, "exp")
+    assert outcome.action == RECORDS_ONLY
+    assert outcome.recorder.list_tags()[FIT_FROM_TAG] == first_outcome.recorder.id
 
 
 @pytest.mark.slow

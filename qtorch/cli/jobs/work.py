@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from qtorch.study.sweep_job import (
     add_work_seconds,
     identify_task,
     run_sweep_job,
+    tag_fit,
 )
 from qtorch.tracking.lookup import select_run
 from qtorch.tracking.manager import R
@@ -156,13 +158,16 @@ def _train_job(request: Mapping[str, Any]) -> JobOutcome:
     task, experiment = job_task(settings), settings["experiment_name"]
     name = request["run_name"]
     if request["sweep"] is None:
-        tags = {} if task.get("seed") is None else identify_task(task)[1]
+        # A sweep that only changes the records reuses the training of this run.
+        complete, tags = (task, {}) if task.get("seed") is None else identify_task(task)
+        on_fitted = partial(tag_fit, complete) if tags else None
         job = scheduler_job_name()
         if job is not None and tags:
             tags[JOB_TAG] = job
         with with_run_tags(tags):
             earlier_run = find_earlier_attempt(experiment, tags)
-            return JobOutcome(task_train(task, experiment, name, run=earlier_run), TRAINED)
+            recorder = task_train(task, experiment, name, run=earlier_run, on_fitted=on_fitted)
+        return JobOutcome(recorder, TRAINED)
     member = sweep_member(settings, request["sweep"], request["number"], request["overrides"])
     return run_sweep_job(task, member, experiment, name)
 
