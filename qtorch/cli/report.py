@@ -17,19 +17,22 @@ from qtorch.core.session import resolve_path
 USAGE = """\
 qtorch report: HTML page of one run or several, readable without network or server
 
-usage: qtorch report "runs=[RUN_ID,...]" [out=FOLDER] [mode=sum] [tries=N] [log=true]
+usage: qtorch report run=RUN_ID [out=FOLDER] [mode=sum] [tries=N]
+       qtorch report "runs=[RUN_ID,...]" [out=FOLDER] [tries=N] [log=true]
        qtorch report sweep=NAME [out=FOLDER] [tries=N] [log=true]
 
-  runs   one ID: return, drawdown, cost, IC, quantiles, learning curves, all metrics of the run
-         several: runs grouped over seeds, paired tests, deflated Sharpe ratio, overfitting
+  run    return, drawdown, cost, IC, quantiles, learning curves, all metrics of one run
+  runs   several: runs grouped over seeds, paired tests, deflated Sharpe ratio, overfitting
+         (one: as run)
   sweep  name or run ID of a sweep or search: a comparison of all its finished jobs
   out    folder for the page and its charts (PNG); default for several runs: comparison
   mode   returns of one run: sum (cumulated by addition) or product (compounded)
   tries  total number of strategies tried; default: all jobs of the runs' sweeps
   log    true: also log a comparison as artifacts of each run, under comparison/
 
-The page of one run is logged as the artifact report/report.html of the run, and its numbers as
-metrics. It shows the output of the run's records and names the records that would add more.
+With out=FOLDER the run is only read. Without it the page of one run is stored in the run, in place
+of an earlier one, as the artifact report/report.html, and its numbers as metrics. The page shows
+the output of the run's records and names the records that would add more.
 """
 COMPARISON = "comparison"
 
@@ -41,14 +44,17 @@ def main(argv: Sequence[str]) -> int:
     settings = compose_settings("report", argv)
     configure_process(tracking_uri=settings["tracking"].get("uri"))
     out = _output_folder(settings["out"])
-    if (settings["runs"] is None) == (settings["sweep"] is None):
-        count = "neither" if settings["runs"] is None else "both"
-        raise ConfigError(f"expected either runs=[RUN_ID,...] or sweep=NAME; got {count}.")
+    names = [name for name in ("run", "runs", "sweep") if settings[name] is not None]
+    if len(names) != 1:
+        raise ConfigError(
+            "expected one of run=RUN_ID, runs=[RUN_ID,...] and sweep=NAME; got "
+            f"{' and '.join(names) or 'none of them'}."
+        )
     with handle_stop_signals():
         if settings["sweep"] is not None:
             recorders = _sweep_runs(str(settings["sweep"]), settings["tracking"].get("uri"))
         else:
-            recorders = [find_run(run) for run in _run_ids(settings["runs"])]
+            recorders = [find_run(run) for run in _run_ids(settings[names[0]])]
         if len(recorders) == 1:
             page = _report_run(recorders[0], settings, out)
         else:
@@ -65,12 +71,12 @@ def _report_run(recorder: Any, settings: dict[str, Any], out: Path | None) -> st
     if tries is None:
         tries = count_tried_jobs([recorder])
     record = ReportRecord(recorder, mode=settings["mode"], tries=tries)
+    if out is not None:
+        out.mkdir(exist_ok=True)
+        return f"{record.write(out)}: report of run {recorder.id}; nothing was stored in the run"
     record.generate()
     folder = Path(recorder.download_artifact(record.get_path()))
-    if out is not None:
-        shutil.copytree(folder, out, dirs_exist_ok=True)
-        folder = out
-    return f"{folder / record.list()[0]}: report of run {recorder.id}, also logged as an artifact"
+    return f"{folder / record.list()[0]}: report of run {recorder.id}, stored as its artifact"
 
 
 def _compare_runs(recorders: Sequence[Any], settings: dict[str, Any], out: Path) -> str:
@@ -79,12 +85,14 @@ def _compare_runs(recorders: Sequence[Any], settings: dict[str, Any], out: Path)
     with TemporaryDirectory() as scratch:
         page = write_comparison(recorders, scratch, tries=settings["tries"])
         out.mkdir(exist_ok=True)
+        is_replaced = (out / page.name).exists()
         for file in Path(scratch).iterdir():
             shutil.copy(file, out)
         if settings["log"]:
             for recorder in recorders:
                 recorder.save_objects(scratch, artifact_path=COMPARISON)
-    return f"{out / page.name}: comparison of {len(recorders)} runs"
+    note = ", in place of the one that was there (out=FOLDER keeps both)" if is_replaced else ""
+    return f"{out / page.name}: comparison of {len(recorders)} runs{note}"
 
 
 def _sweep_runs(name: str, tracking_uri: str | None) -> list[Any]:

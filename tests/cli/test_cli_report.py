@@ -41,16 +41,22 @@ def ids(tmp_path, monkeypatch) -> list[str]:
     return run_ids
 
 
-@pytest.mark.slow
-def test_report_of_one_run(ids, capsys, tmp_path):
-    assert main(["report", f"runs=[{ids[0]}]", f"out={tmp_path / 'out'}", "tries=3"]) == 0
-    out = capsys.readouterr().out
+def test_report_with_a_folder_leaves_the_run_as_it_is(ids, capsys, tmp_path):
     run = R.get_recorder(recorder_id=ids[0])
-    assert f"report of run {ids[0]}" in out
+    before = (run.list_metrics(), run.list_artifacts("report"))
+    assert main(["report", f"run={ids[0]}", f"out={tmp_path / 'out'}", "tries=3"]) == 0
+    assert f"report of run {ids[0]}; nothing was stored" in capsys.readouterr().out
+    assert 'data-metric="report.ic_at_horizon.1"' in Path(tmp_path, "out/report.html").read_text()
+    assert (run.list_metrics(), run.list_artifacts("report")) == before
+
+
+@pytest.mark.slow
+def test_report_of_one_run(ids, capsys):
+    assert main(["report", f"runs=[{ids[0]}]"]) == 0
+    assert f"report of run {ids[0]}, stored" in capsys.readouterr().out
+    run = R.get_recorder(recorder_id=ids[0])
     assert "report.ic_at_horizon.1" in run.list_metrics()
-    artifact = Path(run.download_artifact("report/report.html"))
-    assert (tmp_path / "out" / "report.html").read_bytes() == artifact.read_bytes()
-    assert main(["report", f"runs={ids[0]}"]) == 0
+    assert Path(run.download_artifact("report/report.html")).is_file()
 
 
 @pytest.mark.slow
@@ -90,6 +96,8 @@ def test_comparison_of_several_runs(ids, capsys, tmp_path):
     assert main(["report", f"runs=[{','.join(ids)}]", "log=true"]) == 0
     assert "comparison of 2 runs" in capsys.readouterr().out
     assert Path(tmp_path, "comparison", "comparison.html").is_file()
+    assert main(["report", f"runs=[{','.join(ids)}]"]) == 0
+    assert "in place of the one that was there" in capsys.readouterr().out
     for run in ids:
         artifacts = R.get_recorder(recorder_id=run).list_artifacts("comparison")
         assert "comparison/comparison.html" in artifacts
@@ -101,8 +109,8 @@ def test_comparison_of_several_runs(ids, capsys, tmp_path):
         (["runs=[]"], "at least one run ID"),
         (["runs=[nosuchrun]"], "nosuchrun"),
         (["runs=[x]", "out=nowhere/there"], "does not exist"),
-        ([], "got neither"),
-        (["runs=[x]", "sweep=y"], "got both"),
+        ([], "got none of them"),
+        (["runs=[x]", "sweep=y"], "got runs and sweep"),
         (["sweep=nosuchsweep"], "unknown sweep 'nosuchsweep'"),
         (["runs=[x]", "modes=sum"], "mode"),
         (["runs=[x]", "portfolio.open_cost=0.1"], "-m, record=full and portfolio.open_cost=...:"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from qtorch.cli.tables import jobs as job_tables
 from qtorch.cli.tables.console import OverridesCell, print_table
 from qtorch.core.terminal import Terminal
 from qtorch.study.sweep import JobResult, SeedGroup
+from qtorch.study.sweep_job import FIT_FROM_TAG
 
 RUN = "0123456789abcdef0123456789abcdef"
 OVERRIDES = [
@@ -145,3 +148,15 @@ def test_summary_of_a_portfolio_without_benchmark(account_walk):
     own_return = 240 * (report["return"] - report["cost"]).mean()
     assert text == f"{own_return:.1%} per year after costs (no benchmark), information ratio -0.40"
     assert job_tables._portfolio_text({}, None, {}) is None
+
+
+def test_speed_of_a_reused_training_is_that_of_its_run():
+    fit = {"samples_per_second": 41_705.3, "device": "cpu"}
+    tags = {}
+    recorder = SimpleNamespace(list_tags=lambda: tags)
+    text = "41,705 samples/s during training on cpu"
+    assert job_tables._speed_text(fit, recorder) == text
+    tags[FIT_FROM_TAG] = RUN
+    assert (
+        job_tables._speed_text(fit, recorder) == f"{text}, in run {RUN}: this one trained nothing"
+    )

@@ -178,6 +178,24 @@ def test_no_benchmark_and_no_positions(full_run, account_walk, elements):
     assert numbers["report.max_drawdown"] == pytest.approx(max_drawdown)
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_returns_at_the_top_of_the_page_are_all_of_one_mode(recorder, account_walk, tmp_path):
+    report, _ = account_walk(num_days=40)
+    recorder.save_objects(artifact_path="portfolio_analysis", **{"report_normal_1day.pkl": report})
+    recorder.log_batch({"1day.excess_return_with_cost.annualized_return": 0.123}, step=0)
+    page = ReportRecord(recorder, mode="product").write(tmp_path).read_text(encoding="utf-8")
+    cards = page.partition('<dl class="cards">')[2].partition("</dl>")[0]
+    values = {
+        m: float(v) for m, v in re.findall(r'data-metric="([^"]+)" data-value="([^"]+)"', cards)
+    }
+    excess = report["return"] - report["cost"] - report["bench"]
+    expected = risk_analysis(excess, 252, mode="product")["risk"]["annualized_return"]
+    assert values["report.excess_annualized_return"] == pytest.approx(expected)
+    assert not [name for name in values if name.startswith("1day.")]
+    assert cards.count(", compounded") == 3
+    assert not [name for name in recorder.list_metrics() if name.startswith("report.")]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_several_tries_log_the_deflated_sharpe_ratio(full_run):

@@ -94,8 +94,7 @@ def _facts(result: JobResult, recorder: Recorder) -> dict[str, str]:
         if fit["monitor"] is not None:
             counting = f"(counting from 0, monitor: {fit['monitor']})"
             facts["epochs"] = f"{fit['epochs']}{best} {counting}"
-        speed = f"{fit['samples_per_second']:,.0f} samples/s"
-        facts["speed"] = f"{speed} during training on {fit['device']}"
+        facts["speed"] = _speed_text(fit, recorder)
         facts |= _memory_facts(fit)
     facts["time"] = f"{result.seconds:.1f} s"
     long_short = metrics.get("Long-Short Ann Return")
@@ -146,6 +145,17 @@ def _portfolio_text(metrics: Mapping[str, float], report: Any, task: Any) -> str
     ratio = format_number(metrics.get(f"{excess}.information_ratio"), 2)
     benchmark = f"the benchmark ({benchmark_name(task)})"
     return f"{text}; {excess_return:.1%} over {benchmark}, information ratio {ratio}"
+
+
+def _speed_text(fit: Mapping[str, Any], recorder: Recorder) -> str:
+    """Describe the speed of a training; that of another run is named if this run reused it."""
+    from qtorch.study.sweep_job import FIT_FROM_TAG
+
+    text = f"{fit['samples_per_second']:,.0f} samples/s during training on {fit['device']}"
+    trained_run = recorder.list_tags().get(FIT_FROM_TAG)
+    return (
+        text if trained_run is None else f"{text}, in run {trained_run}: this one trained nothing"
+    )
 
 
 def _memory_facts(fit: Mapping[str, Any]) -> dict[str, str]:

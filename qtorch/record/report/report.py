@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -85,10 +85,19 @@ class ReportRecord(Record):
         tables, numbers = self._compute_numbers(results)
         log_numbers(recorder, numbers)
         with tempfile.TemporaryDirectory() as folder:
-            size = self._write_page(Path(folder), results, tables).stat().st_size
+            page = self._write_page(Path(folder), results, tables, recorder.list_metrics())
+            size = page.stat().st_size
             recorder.save_objects(folder, artifact_path=self.artifact_path)
         log.info("saved report to %s (%d kB)", self.get_path(PAGE), size // 1000)
         return numbers
+
+    def write(self, folder: Path) -> Path:
+        """Write the page and its charts to a folder and return the page; the run stays as it is."""
+        results = run_results(self.recorder, self.label_col)
+        tables, numbers = self._compute_numbers(results)
+        stored = self.recorder.list_metrics()
+        metrics = {name: v for name, v in stored.items() if not name.startswith(PREFIX)}
+        return self._write_page(folder, results, tables, metrics | numbers)
 
     def list(self) -> Names:
         return [PAGE]
@@ -116,9 +125,15 @@ class ReportRecord(Record):
             )
         return tables, numbers
 
-    def _write_page(self, folder: Path, results: RunResults, tables: SignalTables | None) -> Path:
+    def _write_page(
+        self,
+        folder: Path,
+        results: RunResults,
+        tables: SignalTables | None,
+        metrics: Mapping[str, float],
+    ) -> Path:
         recorder = results.recorder
-        metrics, params = recorder.list_metrics(), recorder.list_params()
+        params = recorder.list_params()
         panels = training_charts.learning_curves(training_histories(recorder))
         page = Page(folder)
         if results.report is not None:

@@ -303,6 +303,9 @@ def portfolio_numbers(
         bench = risk_analysis(report["bench"], periods, mode=mode)["risk"]
         numbers["benchmark_annualized_return"] = bench["annualized_return"]
         numbers["benchmark_max_drawdown"] = bench["max_drawdown"]
+        excess = risk_analysis(net_excess_return(report), periods, mode=mode)["risk"]
+        numbers["excess_annualized_return"] = excess["annualized_return"]
+        numbers["excess_information_ratio"] = excess["information_ratio"]
     sharpe = deflated_sharpe(net_excess_return(report), tries)
     if tries > 1:
         numbers |= {"deflated_sharpe": sharpe.probability, "tries": tries}
