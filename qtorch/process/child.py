@@ -5,8 +5,9 @@ in a session of its own: Ctrl-C in a terminal reaches the parent alone, and the 
 child with all processes that it has started. The two exchange JSON messages through a connection of
 `multiprocessing`. The protocol itself uses
 
-- to the child: a first message with the call, `{"stop": true}`, and `{"alive": time}`; every other
-  message is a request, see `Parent.next_request`;
+- to the child: a first message with the call, `{"stop": signal}` with the signal that the parent
+  received (0: none), and `{"alive": time}`; every other message is a request, see
+  `Parent.next_request`;
 - to the parent: `{"exit": code}` at the end, and `{"interrupted": true}` from a child that ends
   itself because the parent was silent.
 
@@ -42,6 +43,7 @@ from qtorch.process.stops import (
     StopSignals,
     ignore_stop_signals,
     interrupt_work,
+    received_signals,
     send_stop_signal,
 )
 
@@ -140,7 +142,7 @@ class Child:
 
     def stop(self) -> None:
         """Ask the child to stop its work in an orderly way."""
-        self.send({"stop": True})
+        self.send({"stop": received_signals[0] if received_signals else 0})
 
     def ping(self) -> None:
         """Tell the child that this process is alive, without ever waiting for the child."""
@@ -327,7 +329,7 @@ class Parent(StopRequest):
                 if "alive" in message:
                     self._last_alive = max(self._last_alive, message["alive"])
                 elif "stop" in message:
-                    self._stop()
+                    self._stop(int(message["stop"]))
                 else:
                     self._requests.put(message)
         except (EOFError, OSError):
@@ -344,10 +346,10 @@ class Parent(StopRequest):
         timeout: float | None = self._call["silence_timeout"]
         return timeout is not None and time.monotonic() - self._last_alive > timeout
 
-    def _stop(self) -> None:
+    def _stop(self, signal_of_parent: int = 0) -> None:
         self.stop_requested = True
         if self._call["is_interruptible"]:
-            send_stop_signal()
+            send_stop_signal(signal_of_parent)
 
     def _end_as_orphan(self) -> None:
         """End this process, because the parent is gone."""

@@ -27,6 +27,9 @@ STOP_SIGNALS = (signal.SIGINT, *SCHEDULER_SIGNALS)
 # look here.
 received_signals: list[int] = []
 
+# The signal for which this process's parent has asked it to stop; 0 if the parent received none.
+_parent_signals: list[int] = []
+
 
 class StopSignals:
     """Handles the stop signals of this process until `restore`, or inside a `with` block.
@@ -111,10 +114,22 @@ def interrupt_work(number: int) -> None:
     raise KeyboardInterrupt("received a stop signal")
 
 
-def send_stop_signal() -> None:
-    """Stop the main thread from another thread, unless this process was stopped before."""
+def stop_name(number: int) -> str:
+    """Name for a user what has stopped this process, whose handler was called with a signal."""
+    if _parent_signals == [0]:
+        return "the command's request to stop"
+    number = _parent_signals[0] if _parent_signals else number
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def send_stop_signal(signal_of_parent: int = 0) -> None:
+    """Stop the main thread from another thread, unless this process was stopped before.
+
+    `signal_of_parent`: the signal for which the parent asks this process to stop; 0: none.
+    """
     main = threading.main_thread().ident
     if not received_signals and main is not None:
+        _parent_signals[:] = [signal_of_parent]
         signal.pthread_kill(main, signal.SIGTERM)
 
 

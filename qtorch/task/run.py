@@ -32,7 +32,7 @@ from qtorch.core.trust import locate
 from qtorch.process.child import Child, Message
 from qtorch.process.fork_server import ForkError
 from qtorch.process.heartbeat import RUN, beat, listen
-from qtorch.process.stops import SCHEDULER_SIGNALS, StopSignals, received_signals
+from qtorch.process.stops import SCHEDULER_SIGNALS, StopSignals, received_signals, stop_name
 from qtorch.task.definition import Task
 from qtorch.task.manager import LEASE_SECONDS, LeaseRenewer, TaskManager
 from qtorch.task.stores.base import DONE, FAILED, PART_DONE, RUNNING, WAITING, check_status
@@ -189,7 +189,7 @@ class TaskSignals(StopSignals):
     def _stop(self, number: int) -> None:
         if self.is_working:
             raise KeyboardInterrupt
-        log.warning("received %s: ending after this step", signal.Signals(number).name)
+        log.warning("received %s: ending after this step", stop_name(number))
 
     def _stop_immediately(self) -> None:
         raise KeyboardInterrupt

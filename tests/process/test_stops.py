@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from qtorch.process import stops
 from qtorch.process.stops import (
     STOP_SIGNALS,
     CommandLock,
@@ -15,6 +16,7 @@ from qtorch.process.stops import (
     is_command_stopped,
     received_signals,
     send_stop_signal,
+    stop_name,
 )
 
 
@@ -61,6 +63,16 @@ def test_stop_from_a_thread_interrupts_the_work_once():
         send_stop_signal()
         signal.raise_signal(signal.SIGINT)
     assert received_signals == [signal.SIGTERM]
+
+
+def test_stop_is_named_after_the_signal_that_the_parent_received(monkeypatch):
+    monkeypatch.setattr(stops, "_parent_signals", [])
+    assert [stop_name(number) for number in STOP_SIGNALS] == ["Ctrl-C", "SIGTERM", "SIGUSR1"]
+    names = []
+    for number in (signal.SIGINT, 0):
+        with StopSignals(lambda number: names.append(stop_name(number))):
+            send_stop_signal(number)  # the process itself gets SIGTERM
+    assert names == ["Ctrl-C", "the command's request to stop"]
 
 
 def test_command_lock():

@@ -33,7 +33,7 @@ from qtorch.cli.overrides import redact_config
 from qtorch.cli.tables.jobs import print_sweep
 from qtorch.core.errors import ConfigError, TrackingError, install_command, printable_text
 from qtorch.core.files import write_private
-from qtorch.process.stops import CommandLock, StopSignals
+from qtorch.process.stops import CommandLock, StopSignals, stop_name
 from qtorch.study.sweep import (
     COMMAND_TAG,
     COUNT_TAG,
@@ -155,8 +155,8 @@ class SweepCommand:
     def _stop(self, number: int) -> None:
         """Stop the jobs in an orderly way."""
         assert self.lock is not None
-        signal_name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        print(f"{signal_name}: the jobs write a checkpoint and stop.", file=sys.stderr, flush=True)
+        text = f"{stop_name(number)}: the jobs write a checkpoint and stop."
+        print(text, file=sys.stderr, flush=True)
         self.lock.release()
         if self._waits_in_main_thread and not job_fork_server().is_calling:
             raise KeyboardInterrupt

@@ -6,7 +6,13 @@ import logging
 import signal
 from typing import Any
 
-from qtorch.process.stops import STOP_SIGNALS, StopRequest, StopSignals, received_signals
+from qtorch.process.stops import (
+    STOP_SIGNALS,
+    StopRequest,
+    StopSignals,
+    received_signals,
+    stop_name,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +61,9 @@ class Interruption(StopRequest):
 
     def _stop(self, number: int) -> None:
         self.stop_requested = True
-        name = signal.Signals(number).name
         log.warning(
-            "received %s: stopping after this step; press Ctrl-C again to stop immediately", name
+            "received %s: stopping after this step; press Ctrl-C again to stop immediately",
+            stop_name(number),
         )
 
     def _stop_immediately(self) -> None:
