@@ -173,10 +173,19 @@ def _show(name: str, options: dict[str, Any]) -> int:
 
 def _best(name: str, options: dict[str, Any]) -> int:
     from qtorch.cli.tables.jobs import print_best
-    from qtorch.study.sweep import find_sweep, seed_groups, sweep_jobs
+    from qtorch.study.sweep import (
+        COMMAND_TAG,
+        common_overrides,
+        find_sweep,
+        seed_groups,
+        sweep_jobs,
+    )
 
-    jobs = sweep_jobs(find_sweep(name).id)
-    print_best(jobs, seed_groups(jobs), options.get("metric"), options.get("mode"))
+    row = find_sweep(name)
+    jobs, command = sweep_jobs(row.id), row.tags.get(COMMAND_TAG, "")
+    common = common_overrides(jobs, command if len(jobs) > 1 else "")
+    groups = seed_groups(jobs, command)
+    print_best(jobs, groups, options.get("metric"), options.get("mode"), common)
     return 0
 
 

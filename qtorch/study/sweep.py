@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -366,9 +367,19 @@ class SeedGroup:
 
 
 def common_overrides(jobs: Sequence[JobResult], command: str = "") -> set[str]:
-    """The overrides that all jobs share; for a single job, those that the command has verbatim."""
+    """The overrides that all planned jobs share.
+
+    What the command varies is not shared, even if the jobs that have started agree on it. For a
+    single job only overrides are shared that the command has verbatim.
+    """
     common = common_words([j.overrides for j in jobs])
-    return common if len(jobs) > 1 else common & set(command.split())
+    words = command.split()
+    if len(jobs) == 1:
+        return common & set(words)
+    varied_keys = {w.partition("=")[0] for w in words if re.search(r"=.*[,(]", w)}
+    return {
+        o for o in common if f" {o} " in f" {command} " or o.partition("=")[0] not in varied_keys
+    }
 
 
 def common_words(overrides: Sequence[Sequence[str]]) -> set[str]:
@@ -376,9 +387,12 @@ def common_words(overrides: Sequence[Sequence[str]]) -> set[str]:
     return set.intersection(*map(set, overrides)) if overrides else set()
 
 
-def seed_groups(jobs: Sequence[JobResult]) -> list[SeedGroup]:
-    """Group the finished jobs, in the order of their first ones; named by what they vary."""
-    common = common_overrides(jobs)
+def seed_groups(jobs: Sequence[JobResult], command: str = "") -> list[SeedGroup]:
+    """Group the finished jobs, in the order of their first ones; named by what they vary.
+
+    `command` are the overrides of the sweep's command, see `common_overrides`.
+    """
+    common = common_overrides(jobs, command if len(jobs) > 1 else "")
     members: dict[str, list[JobResult]] = {}
     for job in jobs:
         if job.status == Recorder.STATUS_FI:

@@ -96,9 +96,10 @@ class RunInputs:
 
     def describe(self) -> str:
         """Name what a reused run has in common with a task, for log lines."""
+        own_code = f"same code in {', '.join(self.sources)}" if self.sources else "no code of yours"
         return (
-            f"same task, data {str(self.data)[:12]}, code of "
-            f"{', '.join(self.sources or ()) or 'qtorch only'}, qtorch {self.library[:12]}"
+            f"same task, same data {str(self.data)[:12]}, {own_code}, same qtorch "
+            f"{self.library[:12]}"
         )
 
 

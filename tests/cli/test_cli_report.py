@@ -76,10 +76,10 @@ def test_choice_among_the_jobs_of_a_sweep_is_judged(ids, capsys, tmp_path):
         recorder.save_objects(artifact_path="sig_analysis", **{"long_short_r.pkl": returns})
     assert main(["sweep", "show", "zoo"]) == 0
     out = capsys.readouterr().out
-    assert "best Sharpe ratio:" in out
-    assert "job 1 (not annual, 120 bars of the half of (top quintile" in out
+    assert "highest Sharpe ratio on the test segment: 0." in out
+    assert "per bar  job 1 (of 120 bars; the return is half of (top quintile" in out
     # The failed job is a try too.
-    assert "chosen among 3 tries: not shown to be better than luck (Hansen's p 0." in out
+    assert "choice of job 1 among 3 tries: not shown to be better than luck (Hansen's p 0." in out
     assert "probability of overfitting" in out
     assert "deflated Sharpe ratio" in out
     assert main(["report", "sweep=zoo"]) == 0

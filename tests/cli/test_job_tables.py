@@ -160,3 +160,14 @@ def test_speed_of_a_reused_training_is_that_of_its_run():
     assert (
         job_tables._speed_text(fit, recorder) == f"{text}, in run {RUN}: this one trained nothing"
     )
+
+
+def test_table_shows_the_metric_by_which_the_best_job_is_chosen(capsys):
+    metrics = {"valid.Rank IC": 0.0231, "test.IC": 0.0123, "test.Rank IC": 0.0456}
+    rows = [JobResult(k, [f"seed={k}"], "FINISHED", 2.0, RUN, metrics=metrics) for k in (0, 1)]
+    print_table(job_tables.jobs_table("2 jobs", rows, choice_metric="valid.Rank IC"))
+    _, _, segments, names, _, row, *_ = capsys.readouterr().out.splitlines()
+    assert segments.split() == ["valid", "test", "test", "test", "test"]
+    columns = "job overrides status run Rank IC IC ICIR Rank IC Rank ICIR seconds"
+    assert " ".join(names.split()) == columns
+    assert row.split()[-6:] == ["0.0231", "0.0123", "-", "0.0456", "-", "2.0"]

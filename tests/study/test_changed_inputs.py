@@ -236,7 +236,7 @@ def test_finished_job_is_reused_until_its_data_changes(data, user_code, caplog, 
         patch.setattr(TableSource, "panel", None)
         second = run_sweep_job(data.task(), MEMBER, "exp")
     assert (first.action, second.action) == (TRAINED, SKIPPED)
-    assert f"same task, data {first.recorder.list_tags()[DATA_TAG][:12]}" in second.reason
+    assert f"same task, same data {first.recorder.list_tags()[DATA_TAG][:12]}" in second.reason
     assert second.reason in caplog.text
     data.change()
     assert find_finished_job(data.task(), MEMBER, "exp") is None

@@ -62,6 +62,13 @@ def test_common_overrides_of_jobs():
         "model=lstm",
     }
     assert common_overrides([]) == set()
+    # The jobs of the second model have not started.
+    command = "debug=tiny model=lstm,gru seed=0,1"
+    assert common_overrides(JOBS[:2], command) == {"debug=tiny"}
+    assert [g.name for g in seed_groups(JOBS[:2], command)] == ["model=lstm"]
+    label = 'handler.label="Ref($close, -2)"'
+    jobs = [replace(job, overrides=[label, *job.overrides]) for job in JOBS[:2]]
+    assert common_overrides(jobs, f"{label} {command}") == {label, "debug=tiny"}
 
 
 def test_best_job_and_best_setting_can_differ():

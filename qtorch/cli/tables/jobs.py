@@ -227,16 +227,17 @@ def print_sweep(
         return
     rows = add_repeats(jobs)
     common = common_overrides(rows, command)
-    print_table(jobs_table(f"sweep {name}: {job_counts_text(rows, num_expected)}", rows, common))
+    title = f"sweep {name}: {job_counts_text(rows, num_expected)}"
+    print_table(jobs_table(title, rows, common, _choice_metric(jobs)))
     if common:
         override_text = " ".join(o for o in rows[0].overrides if o in common)
         console.print(with_label("common overrides:", override_text), soft_wrap=True)
-    groups = seed_groups(jobs)
+    groups = seed_groups(jobs, command)
     if any(len(g.jobs) > 1 for g in groups):
         print_table(_groups_table(groups))
     if groups:
         try:
-            print_best(jobs, groups, None, None)
+            print_best(jobs, groups, None, None, common)
         except ConfigError as error:
             # The runs have no Rank IC; users can run qtorch sweep best NAME metric=...
             log.debug("%s", error)
@@ -257,9 +258,16 @@ def job_counts_text(jobs: Sequence[JobResult], num_expected: int | None = None) 
 
 
 def print_best(
-    jobs: Sequence[JobResult], groups: Sequence[SeedGroup], metric: str | None, mode: str | None
+    jobs: Sequence[JobResult],
+    groups: Sequence[SeedGroup],
+    metric: str | None,
+    mode: str | None,
+    common: Collection[str],
 ) -> None:
-    """Print the best job by a metric, and the best setting if there are several seeds."""
+    """Print the best job by a metric, and the best setting if there are several seeds.
+
+    The overrides in `common` are not repeated.
+    """
     console = terminal()
     metric = choose_metric(jobs, metric)
     mode = resolve_mode(metric, mode)
@@ -267,7 +275,7 @@ def print_best(
     if job is None:
         console.print(f"no finished job has {metric}.")
         return
-    override_text = _override_text(job, common_overrides(jobs))
+    override_text = _override_text(job, common)
     text = f"{format_number(job.metrics[metric])}  "
     text += f"job {job.number} ({override_text}), run {job.run_id}"
     console.print(with_label(f"best by {metric}:", text), soft_wrap=True)
@@ -296,10 +304,17 @@ def _print_selection(jobs: Sequence[JobResult]) -> None:
         console.print(with_label("note:", note), soft_wrap=True)
     if test is None:
         return
-    numbers = {j.run_id: j.number for j in jobs}
-    returns = f"{test.superiority.num_days} bars of the {selection.returns_description}"
-    text = f"{format_number(test.sharpe.sharpe)}  job {numbers[test.best]} (not annual, {returns})"
-    console.print(with_label("best Sharpe ratio:", text), soft_wrap=True)
+    job = {j.run_id: j.number for j in jobs}[test.best]
+    text = (
+        f"{format_number(test.sharpe.sharpe)} per bar  job {job} (of {test.superiority.num_days} "
+        f"bars; the return is {selection.returns_description})"
+    )
+    console.print(with_label("highest Sharpe ratio on the test segment:", text), soft_wrap=True)
+    metric = _choice_metric(jobs)
+    chosen = None if metric is None else best_job(jobs, metric, resolve_mode(metric))
+    if chosen is not None and chosen.number != job:
+        text = f"job {chosen.number} is the best by {metric}, another figure on other days"
+        console.print(with_label("not the same job as above:", text), soft_wrap=True)
     figures = {
         "Hansen's p": test.superiority.p_value,
         "Reality Check p": test.superiority.reality_check,
@@ -307,19 +322,36 @@ def _print_selection(jobs: Sequence[JobResult]) -> None:
         "deflated Sharpe ratio": test.sharpe.probability,
     }
     text = ", ".join(f"{name} {format_number(value, 2)}" for name, value in figures.items())
-    text = f"{test.verdict} ({text})"
-    console.print(with_label(f"chosen among {selection.tries} tries:", text), soft_wrap=True)
+    label = f"choice of job {job} among {format_count(selection.tries, 'try', 'tries')}:"
+    console.print(with_label(label, f"{test.verdict} ({text})"), soft_wrap=True)
 
 
-def jobs_table(title: str, jobs: Sequence[JobResult], common: Collection[str] = ()) -> Table:
-    """Create a table of jobs with their overrides, without those in `common`, and test metrics.
+def _choice_metric(jobs: Sequence[JobResult]) -> str | None:
+    """Return the metric by which the best job is chosen; None if the jobs have no such metric."""
+    try:
+        return choose_metric(jobs)
+    except ConfigError:
+        return None
 
-    On a narrow terminal the run and the note stand below the overrides, and there are only two
-    metrics.
+
+def jobs_table(
+    title: str,
+    jobs: Sequence[JobResult],
+    common: Collection[str] = (),
+    choice_metric: str | None = None,
+) -> Table:
+    """Create a table of jobs with their overrides, without those in `common`, and metrics.
+
+    Metrics are that by which the best job is chosen, and those of the test segment. On a narrow
+    terminal the run and the note stand below the overrides, and there are fewer metrics.
     """
-    is_narrow, figures = terminal().width < RUN_WIDTH, _table_figures()
+    is_narrow = terminal().width < RUN_WIDTH
+    names = [f"test.{figure}" for figure in _table_figures()]
+    if choice_metric is not None and choice_metric.removeprefix("test.") not in FIGURES:
+        names = [choice_metric, *names]
+    headings = [name.replace(".", "\n", 1) for name in names]
     columns = ("overrides, run", "status") if is_narrow else ("overrides", "status", "run")
-    numbers = (*figures, "seconds")
+    numbers = (*headings, "seconds")
     table = new_table(
         *("job", *columns, *numbers),
         title=title,
@@ -330,7 +362,7 @@ def jobs_table(title: str, jobs: Sequence[JobResult], common: Collection[str] = 
         note = job.note if job.same_as is None else f"same as job {job.same_as}"
         run = job.run_id or (f"task {job.pool_task['id']}" if job.pool_task else "-")
         overrides = OverridesCell(_override_text(job, common))
-        values = [job.metrics.get(f"test.{f}", job.metrics.get(f)) for f in figures]
+        values = [job.metrics.get(n, job.metrics.get(n.removeprefix("test."))) for n in names]
         cells: tuple[Any, ...] = (overrides, format_status(job.status, note), run)
         if is_narrow:
             cells = (Group(overrides, *filter(None, (run, note))), format_status(job.status))
