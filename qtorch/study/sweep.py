@@ -15,6 +15,7 @@ from typing import Any
 
 from qtorch.core.errors import ConfigError, QtorchError, unknown_name_message
 from qtorch.core.files import atomic_write, cache_folder, file_lock
+from qtorch.core.instantiate import flatten_dict
 from qtorch.core.secrets import redact_urls
 from qtorch.tracking.claims import PROCESS_GONE, is_run_held
 from qtorch.tracking.experiment import Experiment
@@ -78,7 +79,8 @@ def start_sweep(
 
     `command` are the arguments that `resume` repeats. `overrides` are those of them that define
     the jobs; commands that only differ in other arguments count as the same command. `settings`
-    are stored with the command (as JSON). A sweep that was started by several commands stores all
+    are stored with the command (as JSON); if `data` among them is not that of an earlier command,
+    a warning says so. A sweep that was started by several commands stores all
     of them. Processes that start the same sweep at the same time get the same run.
     """
     uri = R.get_uri()
@@ -132,11 +134,31 @@ def _save_plan(recorder: Recorder, command: Any, settings: dict[str, Any]) -> No
         if "workflows" in earlier_plan:  # each command may have its own
             workflows = {**earlier_plan["workflows"], **settings.get("workflows", {})}
             settings = {**settings, "workflows": workflows}
+        _warn_of_other_data(recorder, earlier_plan.get("data"), settings.get("data"))
     if command not in commands:
         other_commands = [c for c in commands if c["told"] != command["told"]]
         plan = {"format": PLAN_FORMAT, "tracking_uri": redact_urls(recorder.uri), **settings}
         artifacts: dict[str, Any] = {PLAN: {**plan, "commands": [*other_commands, command]}}
         recorder.save_objects(**artifacts)
+
+
+def _warn_of_other_data(
+    recorder: Recorder, earlier: Mapping[str, Any] | None, now: Mapping[str, Any] | None
+) -> None:
+    """Warn that a sweep is continued with other data than those of its last command."""
+    if earlier is None or now is None or earlier == now:
+        return
+    before, after = flatten_dict(earlier), flatten_dict(now)
+    names = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+    if "_target_" in names:
+        names = ["_target_"]  # another class has other settings
+    changes = ", ".join(f"data.{n}: {before.get(n)} before, {after.get(n)} now" for n in names[:3])
+    log.warning(
+        "the %s has been started with other data (%s): its table and its best job will mix the "
+        "jobs of both. For a separate sweep choose another sweep.name.",
+        recorder.name,
+        changes,
+    )
 
 
 def end_sweep(recorder: Recorder, *, is_interrupted: bool = False, is_queued: bool = False) -> None:

@@ -181,6 +181,17 @@ def test_sweep_with_a_quotation_mark_in_its_name_is_continued(store):
     assert find_sweep("alice's").id == ids[0]
 
 
+def test_sweep_that_continues_with_other_data_says_so(store, caplog):
+    table = {"_target_": "qtorch.data.TableSource", "path": "csv"}
+    for data, overrides in [(table, ["seed=0"]), (table, ["seed=1"])]:
+        start_sweep("lrs", "exp", overrides, overrides=overrides, data=data).end_run()
+    assert "other data" not in caplog.text
+    start_sweep("lrs", "exp", ["seed=2"], overrides=["seed=2"], data={**table, "path": "new"})
+    assert "the sweep lrs has been started with other data (data.path: csv before, new now)" in (
+        caplog.text
+    )
+
+
 def test_plan_of_a_sweep_has_no_password():
     stored: dict = {}
     recorder = SimpleNamespace(

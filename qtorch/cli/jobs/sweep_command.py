@@ -126,6 +126,7 @@ class SweepCommand:
             overrides=task_overrides(words),
             count=count_jobs(config, overrides),
             folder=os.getcwd(),
+            data=OmegaConf.to_container(config.data, resolve=False) if "data" in config else None,
             **({"workflows": dict(WORKFLOWS)} if "workflow" in config else {}),
         )
         id = self.recorder.id
