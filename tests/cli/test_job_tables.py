@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import qtorch
 from qtorch.cli.tables import jobs as job_tables
 from qtorch.cli.tables.console import OverridesCell, print_table
 from qtorch.core.terminal import Terminal
@@ -171,3 +174,10 @@ def test_table_shows_the_metric_by_which_the_best_job_is_chosen(capsys):
     columns = "job overrides status run Rank IC IC ICIR Rank IC Rank ICIR seconds"
     assert " ".join(names.split()) == columns
     assert row.split()[-6:] == ["0.0231", "0.0123", "-", "0.0456", "-", "2.0"]
+
+
+def test_printed_server_command_is_that_of_the_tracking_page():
+    qtorch.init(tracking_uri="sqlite:///mlruns/mlflow.db")
+    command = re.sub(r"sqlite:/+\S*?mlruns/", "sqlite:///mlruns/", job_tables.mlflow_command())
+    page = Path(__file__).resolve().parents[2] / "docs" / "tracking.md"
+    assert f"\n{command} &\n" in page.read_text()

@@ -65,6 +65,13 @@ def test_all_numbers_on_the_page_are_metrics_of_the_run(full_run, elements):
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_page_of_a_training_of_one_epoch_says_so(recorder, tmp_path):
+    recorder.log_batch({"train/loss": 1.0, "valid/loss": 1.1}, step=0)
+    page = ReportRecord(recorder).write(tmp_path).read_text(encoding="utf-8")
+    assert "The training has one epoch, so there is no curve" in page
+
+
 def test_run_description_names_the_benchmark(recorder, account_walk):
     report, _ = account_walk(num_days=5)
     recorder.save_objects(artifact_path="portfolio_analysis", **{"report_normal_1day.pkl": report})
@@ -151,7 +158,7 @@ def test_missing_artifacts_name_the_record_to_add(recorder, model, dataset):
     for record in ("PortAnaRecord", "SigAnaRecord", "SignalRecord"):
         assert f"Add {record} to the task" in page
     assert "with <code>-m</code> and <code>record=full</code>" in page
-    assert "logged no metrics for two or more epochs" in page
+    assert "no metrics of a training by epoch" in page
     assert "<figure" not in page
     SignalRecord(model, dataset, recorder).generate()
     ReportRecord(recorder).generate()

@@ -134,7 +134,8 @@ class ReportRecord(Record):
     ) -> Path:
         recorder = results.recorder
         params = recorder.list_params()
-        panels = training_charts.learning_curves(training_histories(recorder))
+        histories = training_histories(recorder)
+        panels = training_charts.learning_curves(histories)
         page = Page(folder)
         if results.report is not None:
             self._draw_portfolio(page, results.report, results.weight)
@@ -157,6 +158,7 @@ class ReportRecord(Record):
             mode=self.mode,
             tables=tables,
             curves=[name for panel in panels.values() for name in panel],
+            has_epoch=any(histories.values()),
             metrics=metrics,
             metric_groups=group_metrics(metrics),
             params=params,
