@@ -145,7 +145,7 @@ def test_interruption_has_its_own_exit_code(capsys):
         (["train", "max_epochs=3"], 1, "Did you mean trainer.max_epochs?"),
         (["train", "model.hidden_size=3"], 1, "Did you mean model.network.hidden_size?"),
         (["train", "network.hidden_size=3"], 1, "Did you mean model.network.hidden_size?"),
-        (["train", "nothing.here=3"], 1, "the configuration has no 'nothing'. (Show"),
+        (["train", "nothing.here=3"], 1, "the configuration has no 'nothing'. (To add"),
         (["train", "seed=0,1"], 1, "for a list write 'seed=[0,1]', for text 'seed=\"0,1\"', for"),
         (["report", "runs=a,b"], 1, "for a list write 'runs=[a,b]', for text 'runs=\"a,b\"'."),
         (["tracking"], 2, "qtorch tracking send"),

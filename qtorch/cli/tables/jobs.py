@@ -112,7 +112,8 @@ def _facts(result: JobResult, recorder: Recorder) -> dict[str, str]:
 
 def _load_portfolio(metrics: Mapping[str, float], recorder: Recorder) -> tuple[Any, Any]:
     """Load the report of a run's backtest and its task; no report if there was no backtest."""
-    from qtorch.record.report.results import PERIODS, load_portfolio_report
+    from qtorch.record.portfolio import PERIODS
+    from qtorch.record.report.results import load_portfolio_report
 
     if f"1day.{PERIODS}" not in metrics:
         return None, {}
@@ -128,12 +129,8 @@ def _portfolio_text(metrics: Mapping[str, float], report: Any, task: Any) -> str
     if report is None:
         return None
     from qtorch.metrics.risk import risk_analysis
-    from qtorch.record.report.results import (
-        PERIODS,
-        benchmark_name,
-        has_benchmark,
-        net_return,
-    )
+    from qtorch.record.portfolio import PERIODS
+    from qtorch.record.report.results import benchmark_name, has_benchmark, net_return
 
     own_risk = risk_analysis(net_return(report), metrics[f"1day.{PERIODS}"])["risk"]
     text = f"{own_risk['annualized_return']:.1%} per year after costs"
