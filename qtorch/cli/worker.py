@@ -16,7 +16,7 @@ from qtorch.cli.options import parse_bool, parse_count, parse_options, parse_sec
 from qtorch.cli.tables.tasks import task_counts_text, total_counts
 from qtorch.core.errors import ConfigError, printable_text
 from qtorch.core.secrets import redact_urls
-from qtorch.core.session import resolve_path
+from qtorch.core.session import WORKER_LOG_VARIABLE, resolve_path
 from qtorch.task.devices import device_names
 from qtorch.task.manager import TaskManager
 from qtorch.task.stores.base import URL_FORMS
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     show_table = sys.stdout.isatty() if show_table is None else show_table
     logs = _log_folder(arguments.get("logs"), options.pool if show_table else None)
     configure_process(logging.WARNING if show_table else level)
-    os.environ["QTORCH_WORKER_LOG"] = level
+    os.environ[WORKER_LOG_VARIABLE] = level
     logs_text = f", training output in {logs}" if logs else ""
     print(f"worker {os.getpid()} on {', '.join(devices)}{logs_text}")
     print(f"pool {options.pool} ({pool_counts}) in {redact_urls(manager.url)}", flush=True)

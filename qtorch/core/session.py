@@ -39,6 +39,11 @@ TRUSTED_VARIABLE = "QTORCH_TRUSTED"
 PICKLE_VARIABLE = "QTORCH_TRUSTED_PICKLE"  # "1" in commands with trusted_pickle=true
 # Set in jobs whose process works in a folder of its own (hydra.job.chdir=true), and their children.
 FOLDER_VARIABLE = "QTORCH_FOLDER"
+SWEEP_VARIABLE = "QTORCH_SWEEP"  # the ID of the sweep's run, for its jobs
+LOCK_VARIABLE = "QTORCH_SWEEP_LOCK"  # the file of the sweep's `CommandLock`, for its jobs
+WORKER_LOG_VARIABLE = "QTORCH_WORKER_LOG"  # the log level of a worker's processes
+# What qtorch tells its own child processes: no settings of the user's.
+CHILD_VARIABLES = (FOLDER_VARIABLE, SWEEP_VARIABLE, LOCK_VARIABLE, WORKER_LOG_VARIABLE)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from qtorch.core.errors import QtorchError, TrustError
 from qtorch.core.qlib.translation import check_definition_trust
 from qtorch.core.runtime import configure_logging
 from qtorch.core.secrets import redact_urls
+from qtorch.core.session import WORKER_LOG_VARIABLE
 from qtorch.core.trust import as_stored_text, locate
 from qtorch.process.child import Child, Message, Parent
 from qtorch.process.fork_server import (
@@ -83,7 +84,7 @@ def serve_tasks(_: Mapping[str, Any], parent: Parent) -> int:
         parent.send({"run": details} if stage == RUN else {"beat": {"stage": stage, **details}})
 
     try:
-        configure_logging(os.environ.get("QTORCH_WORKER_LOG", "INFO"))
+        configure_logging(os.environ.get(WORKER_LOG_VARIABLE, "INFO"))
         with listen(report_beat):
             while (request := parent.next_request()) is not None:
                 try:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 
 from qtorch.core.secrets import MASK, URLS_VARIABLE, is_secret_name, redact_secrets, redact_urls
+from qtorch.core.session import CHILD_VARIABLES
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +29,13 @@ def command_line() -> str:
 
 
 def qtorch_environment() -> dict[str, str]:
-    """Return the QTORCH_* environment variables, without secrets."""
+    """Return the QTORCH_* environment variables that the user has set, without secrets."""
     if os.environ.get(ENVIRONMENT_SWITCH) == "0":
         return {}
     return {
         name: MASK if is_secret_name(name) else redact_secrets(value)
         for name, value in sorted(os.environ.items())
-        if name.startswith(PREFIX) and name != URLS_VARIABLE
+        if name.startswith(PREFIX) and name not in (URLS_VARIABLE, *CHILD_VARIABLES)
     }
 
 

@@ -23,6 +23,7 @@ from qtorch.core.session import set_defaults
 from qtorch.tracking import R, Recorder
 from qtorch.tracking.locations import resolve_uri
 from qtorch.tracking.mlflow_store import open_store
+from qtorch.tracking.provenance import qtorch_environment
 from qtorch.tracking.recorder import current_recorder
 from qtorch.tracking.store_types import AlreadyInStoreError, NotInStoreError
 
@@ -495,6 +496,14 @@ def test_provenance_is_recorded(uri, tmp_path, monkeypatch):
     with R.start(recorder_id=recorder.id, resume=True):
         pass
     assert recorder.list_tags()["qtorch.attempt"] == "2"
+
+
+def test_variables_of_child_processes_are_not_recorded(monkeypatch):
+    for name in ("QTORCH_FOLDER", "QTORCH_SWEEP_LOCK", "QTORCH_OF_THE_USER"):
+        monkeypatch.setenv(name, "a")
+    recorded = qtorch_environment()
+    assert recorded["QTORCH_OF_THE_USER"] == "a"
+    assert not recorded.keys() & {"QTORCH_FOLDER", "QTORCH_SWEEP_LOCK"}
 
 
 def test_provenance_can_be_switched_off(uri, monkeypatch):

@@ -30,7 +30,7 @@ from qtorch.cli.guard import error_line
 from qtorch.cli.jobs.finished_jobs import use_hydra_config
 from qtorch.cli.jobs.gpus import job_gpu_environment
 from qtorch.cli.jobs.results import FAILED, KILLED, RESULT_FILE, command_results
-from qtorch.cli.jobs.sweep_command import SWEEP_VARIABLE, current_sweep, task_overrides
+from qtorch.cli.jobs.sweep_command import current_sweep, task_overrides
 from qtorch.cli.jobs.work import (
     execute_job,
     execute_job_in_child,
@@ -46,7 +46,7 @@ from qtorch.core.errors import ConfigError, TrackingError
 from qtorch.core.instantiate import resolve_config
 from qtorch.core.runtime import change_environment
 from qtorch.core.secrets import complete_tree
-from qtorch.core.session import FOLDER_VARIABLE
+from qtorch.core.session import FOLDER_VARIABLE, SWEEP_VARIABLE
 from qtorch.process.child import ExitStatus
 from qtorch.study.sweep import JobResult, sweep_jobs
 

@@ -26,13 +26,14 @@ from qtorch.cli.guard import INTERRUPTED, configure_process, error_line
 from qtorch.cli.jobs.repeats import connect_repeats, failure_texts, store_repeats
 from qtorch.cli.jobs.results import FAILED, KILLED, RUNNING, SENT, command_results
 from qtorch.cli.jobs.stored_command import RESUME_WORDS
-from qtorch.cli.jobs.work import LOCK_VARIABLE, is_isolated, job_fork_server
+from qtorch.cli.jobs.work import is_isolated, job_fork_server
 from qtorch.cli.launchers.kinds import DetachedLauncher, is_basic_launcher, launcher_class
 from qtorch.cli.launchers.slurm import set_submitit_signal
 from qtorch.cli.overrides import redact_config
 from qtorch.cli.tables.jobs import print_sweep
 from qtorch.core.errors import ConfigError, TrackingError, install_command, printable_text
 from qtorch.core.files import write_private
+from qtorch.core.session import LOCK_VARIABLE, SWEEP_VARIABLE
 from qtorch.process.stops import CommandLock, StopSignals, stop_name
 from qtorch.study.sweep import (
     COMMAND_TAG,
@@ -47,7 +48,6 @@ from qtorch.tracking.claims import share_run
 
 # The workflow files of `qtorch run` in this process, as plain YAML by their digest.
 WORKFLOWS: dict[str, str] = {}
-SWEEP_VARIABLE = "QTORCH_SWEEP"  # the ID of the sweep's run, for its jobs
 MULTIRUN_WORDS = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 NAME_PATTERN = re.compile(r"[\w.\-]+")
 # Overrides that control how a sweep is executed and displayed; they do not define its tasks.

@@ -26,7 +26,7 @@ from qtorch.cli.tables.jobs import print_summary
 from qtorch.cli.workflow.task import report_notes
 from qtorch.core.errors import ConfigError, QtorchError, printable_text
 from qtorch.core.lazy import quick_imports
-from qtorch.core.session import TRUSTED_VARIABLE
+from qtorch.core.session import LOCK_VARIABLE, TRUSTED_VARIABLE
 from qtorch.core.trust import find_untrusted_packages
 from qtorch.process.child import ExitStatus, Parent
 from qtorch.process.fork_server import TRAINING_PRELOAD, ForkServer, fork_server
@@ -55,7 +55,6 @@ from qtorch.trainer.subprocess_tasks import fail_run, report_started_runs
 
 log = logging.getLogger(__name__)
 
-LOCK_VARIABLE = "QTORCH_SWEEP_LOCK"  # the file of the sweep's `CommandLock`, for its jobs
 MODES = ("auto", "true", "false")
 UNDELIVERED = (
     "the tracking server has not received all of run {run}; it is complete in the outbox, and "
