@@ -246,8 +246,8 @@ class PortAnaRecord(Record):
         if isinstance(topk, int) and topk > num_instruments:
             raise ConfigError(
                 f"topk={topk} is more than the {num_instruments} instruments of the test segment: "
-                "set a smaller one (portfolio.topk=... on the command line; topk of the strategy in "
-                "PortAnaRecord's config in Python)."
+                "set a smaller one (portfolio.topk=... of a command; in Python topk of the "
+                "strategy in PortAnaRecord's config)."
             )
 
     # -- the backtest ----------------------------------------------------------------------------

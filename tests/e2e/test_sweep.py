@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -312,6 +313,7 @@ def test_submitit_runs_each_unfinished_job_in_its_own_process(
 ):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     (folder / "fatal.py").write_text(FATAL_NETWORK)
+    monkeypatch.delitem(sys.modules, "fatal", raising=False)  # that of another test
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("QTORCH_TRUSTED", "fatal")
