@@ -50,7 +50,6 @@ PORTFOLIO = "portfolio"  # the settings of the backtest, which record=full adds
 HYDRA_MODES = ("run", "multirun", "cfg", "info", "shell_completion")  # of which Hydra accepts one
 # The values of `runner`: this machine, the workers of a task pool, or a fleet on this machine.
 LOCAL, POOL, FLEET = "local", "rm", "fleet"
-PORTFOLIO = "portfolio"  # settings that the records of record=full refer to
 # Other names under which users look for settings.
 USUAL_NAMES = {
     "epochs": "trainer.max_epochs",

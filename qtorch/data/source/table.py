@@ -137,10 +137,11 @@ class TableSource(PanelSource):
         if self._panel is None:
             self._panel_fingerprint = self._compute_fingerprint()
             key = (str(self._root), self._panel_fingerprint)
-            if key not in _last_panel:
+            panel = _last_panel.get(key)
+            if panel is None:
                 _last_panel.clear()
-                _last_panel[key] = self._read_with_log()
-            self._panel = _last_panel[key]
+                panel = _last_panel[key] = self._read_with_log()
+            self._panel = panel
         return self._panel
 
     def _read_with_log(self) -> Panel:
