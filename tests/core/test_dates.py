@@ -117,7 +117,7 @@ def test_spans_of_members_end_with_their_period(frame, tmp_path):
     concepts = tmp_path / "concepts.csv"
     concepts.write_text("instrument,concept,start,end\nA,tech,2019,2020-03\nB,tech,,2020\n")
     bound = Concepts(concepts).bind(DAYS, pd.Index(["A", "B"]))
-    assert [DAYS[row - 1] for row in bound.spans[:, 0, 1].tolist()] == [
+    assert [DAYS[row] for row in bound.spans[:, 0, 2].tolist()] == [
         pd.Timestamp("2020-03-31"),
         pd.Timestamp("2020-12-31"),
     ]
