@@ -14,18 +14,16 @@ from toy_training import (
     ADAM,
     NUM_FEATURES,
     ToyDataset,
-    ToyRecorder,
     fit_model,
+    fit_with_and_without_stop,
     model_weights,
     resumable_model,
     same_weights,
 )
 from user_networks import UserModule
 
-from qtorch.data.dataset.batches import BatchLoader
 from qtorch.data.dataset.reweighter import TimeDecay
 from qtorch.metrics.loss import LOSSES
-from qtorch.model.loop.interruption import TrainingInterrupted
 from qtorch.model.loop.module import ScoreModule
 
 pytestmark = pytest.mark.gpu
@@ -136,22 +134,7 @@ def test_features_in_host_memory_give_the_same_weights(network, monkeypatch) -> 
 def test_resumed_training_is_bit_identical(dataset, trainer, tmp_path, monkeypatch) -> None:
     settings = {**GPU, "max_epochs": 2, "enable_progress_bar": False, "deterministic": True}
     models = [resumable_model(trainer={**settings, **trainer}) for _ in range(3)]
-    recorders = [ToyRecorder(tmp_path / name) for name in ("whole", "stopped")]
-    for recorder in recorders:
-        recorder.folder.mkdir()
-    models[0].fit(dataset, recorder=recorders[0])
-    original_batches = BatchLoader.batches
-
-    def stopping_batches(self, epoch, start_step=0):
-        for step, batch in enumerate(original_batches(self, epoch, start_step), start_step):
-            if self.order == "random" and (epoch, step) == (1, 10):
-                raise KeyboardInterrupt
-            yield batch
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BatchLoader, "batches", stopping_batches)
-        with pytest.raises(TrainingInterrupted):
-            models[1].fit(dataset, recorder=recorders[1])
+    recorders = fit_with_and_without_stop(models[:2], dataset, tmp_path, monkeypatch)
     models[2].fit(dataset, recorder=recorders[1])
     assert models[2].fit_report_["resumed_from"]
     assert same_weights(model_weights(models[2]), model_weights(models[0]))

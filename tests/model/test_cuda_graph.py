@@ -12,8 +12,8 @@ from toy_training import (
     ADAM,
     NUM_FEATURES,
     ToyDataset,
-    ToyRecorder,
     fit_model,
+    fit_with_and_without_stop,
     make_model,
     model_weights,
     resumable_model,
@@ -22,10 +22,8 @@ from toy_training import (
 from user_networks import UserModule
 
 from qtorch.core.errors import ConfigError
-from qtorch.data.dataset.batches import BatchLoader
 from qtorch.model import fit_fleet
 from qtorch.model.devices.step_graph import StepGraph
-from qtorch.model.loop.interruption import TrainingInterrupted
 from qtorch.nn import MLP
 
 pytestmark = pytest.mark.gpu
@@ -87,22 +85,7 @@ def test_a_resumed_training_with_a_graph_is_bit_identical(tmp_path, monkeypatch,
     models = [
         resumable_model(trainer=trainer, scheduler=STEP_LR, cuda_graph="auto") for _ in range(3)
     ]
-    recorders = [ToyRecorder(tmp_path / name) for name in ("whole", "stopped")]
-    for recorder in recorders:
-        recorder.folder.mkdir()
-    models[0].fit(dataset, recorder=recorders[0])
-    original_batches = BatchLoader.batches
-
-    def stopping_batches(self, epoch, start_step=0):
-        for step, batch in enumerate(original_batches(self, epoch, start_step), start_step):
-            if self.order == "random" and (epoch, step) == (1, 10):
-                raise KeyboardInterrupt
-            yield batch
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BatchLoader, "batches", stopping_batches)
-        with pytest.raises(TrainingInterrupted):
-            models[1].fit(dataset, recorder=recorders[1])
+    recorders = fit_with_and_without_stop(models[:2], dataset, tmp_path, monkeypatch)
     before = len(replays)
     models[2].fit(dataset, recorder=recorders[1])
     assert models[2].fit_report_["resumed_from"]

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import numpy as np
 import pandas as pd
 import torch
 
+from qtorch.data.dataset.batches import BatchLoader
 from qtorch.data.dataset.extras import Concepts
 from qtorch.data.dataset.samples import Samples, build_samples
 from qtorch.data.panel.columns import PanelColumns
 from qtorch.data.panel.elementwise import Affine, FillNaN
 from qtorch.data.panel.panel import Panel
 from qtorch.data.panel.view import View
+from qtorch.model.loop.interruption import TrainingInterrupted
 
 NUM_FEATURES = 4
 ADAM = {"_target_": "torch.optim.Adam", "lr": 0.01}
@@ -232,6 +235,31 @@ def main(
     model.trainer |= json.loads(trainer)
     model.fit(ToyDataset(), recorder=ToyRecorder(Path(folder)))
     torch.save(model.network_.state_dict(), Path(folder) / "weights.pt")
+
+
+def fit_with_and_without_stop(
+    models: Sequence[Any], dataset: Any, folder: Path, monkeypatch: Any
+) -> list[ToyRecorder]:
+    """Fit one model to its end and stop another one in the second epoch; return their recorders."""
+    recorders = [ToyRecorder(folder / name) for name in ("whole", "stopped")]
+    for recorder in recorders:
+        recorder.folder.mkdir()
+    models[0].fit(dataset, recorder=recorders[0])
+    original_batches = BatchLoader.batches
+
+    def stopping_batches(self: Any, epoch: int, start_step: int = 0) -> Iterator[Any]:
+        for step, batch in enumerate(original_batches(self, epoch, start_step), start_step):
+            if self.order == "random" and (epoch, step) == (1, 10):
+                raise KeyboardInterrupt
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchLoader, "batches", stopping_batches)
+        try:
+            models[1].fit(dataset, recorder=recorders[1])
+        except TrainingInterrupted:
+            return recorders
+    raise AssertionError("the training was not stopped")
 
 
 if __name__ == "__main__":

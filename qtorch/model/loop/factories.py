@@ -114,7 +114,7 @@ def _check_result(loss: Callable[..., Any], keywords: Sequence[str]) -> None:
             result = copy.deepcopy(loss)(
                 score, torch.linspace(1, 2, 8), **{name: ones[name] for name in keywords}
             )
-        except Exception:
+        except Exception:  # any error of the user's code; the training raises it if it stays
             return
     if not isinstance(result, torch.Tensor):
         fault = f"a {type(result).__name__}; expected a tensor"
